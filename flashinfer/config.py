@@ -1,0 +1,107 @@
+"""Every default and every tile size, in one place. The CLI reads its defaults from here.
+
+Tile sizes are part of the arithmetic: changing one changes the last bits of every logit
+(`docs/architecture.md`, "Exact by construction"). They are constants, not options.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from flashinfer.units import KIB, MIB
+
+TILE_ROWS = 64
+"""Output rows of a dense matrix computed together."""
+TILE_NEURONS = 64
+"""FFN neurons computed together: the tail tile is padded with zeros."""
+TILE_TOKENS = 16
+"""Prompt tokens computed together in prefill; tiles are anchored to absolute positions."""
+TILE_KEYS = 128
+"""KV positions one attention tile covers, anchored to position 0."""
+
+COPY_RECORDS = 16
+"""Records copied at once from a read buffer to their slots."""
+
+STORE_ALIGNMENT = 512
+"""Default record alignment in bytes; readers widen extents to what the device asks for."""
+FILE_ALIGNMENT = 4096
+"""Regions and file ends in a store are aligned to this; a multiple of any device's direct-I/O unit."""
+COPY_CHUNK = 8 * MIB
+"""Largest piece `pack` converts or writes at once, in bytes."""
+PACK_BLOCK = 16 * MIB
+"""Bytes of records `pack` assembles at once; its peak memory is a few times this, for any model."""
+
+IoObjective = Literal["time", "bytes"]
+Retention = Literal["frequency", "window"]
+
+
+@dataclass(frozen=True)
+class DiskCurve:
+    """Cost model of random reads: seconds = reads * per_read_s + bytes / bytes_per_s.
+
+    `per_read_s` is the marginal cost of one more read with many in flight, not a latency.
+    """
+
+    per_read_s: float = 12e-6
+    bytes_per_s: float = 2.0e9
+
+    @property
+    def break_even_gap(self) -> int:
+        """Bytes whose transfer costs as much as one more read: gaps below it are read through."""
+        return int(self.per_read_s * self.bytes_per_s)
+
+
+@dataclass(frozen=True)
+class IoConfig:
+    """How records are read."""
+
+    objective: IoObjective = "time"
+    threads: int = 16
+    max_extent: int = 1 * MIB
+    disk: DiskCurve = DiskCurve()
+
+    @property
+    def max_gap(self) -> int:
+        """Largest hole, in bytes, that one extent may read through under the objective."""
+        return self.disk.break_even_gap if self.objective == "time" else 0
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """What stays in the slots."""
+
+    window: int = 5
+    retention: Retention = "frequency"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything `load` can be told beside the memory caps."""
+
+    io: IoConfig = IoConfig()
+    cache: CacheConfig = CacheConfig()
+    threads: int = 0
+    """Compute threads; 0 means the cores this process may run on."""
+    prefill_chunk: int = 128
+    """Prompt tokens per chunk: each needed record is read once per chunk."""
+    staging: int = 4 * MIB
+    """Bytes of one half of a read buffer, where the cap allows; each stream has two halves."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is drawn. Temperature 0 is greedy."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+
+MIN_STAGING = 64 * KIB
+"""Smallest half of a read buffer the budget resolver will go down to, alignment aside."""
+DEFAULT_NEW_TOKENS = 128
+"""Tokens `generate` writes when nobody says."""

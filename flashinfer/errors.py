@@ -1,0 +1,90 @@
+"""Every error this package raises on purpose.
+
+    FlashInferError            caught by the CLI: one line on stderr, exit 1
+    ├── CheckpointError        what the user gave to `pack` cannot be used
+    │   └── LayoutError        no layout fits it, or the layout file itself is wrong
+    ├── StoreError             a weight store is missing, damaged or too new
+    │   ├── StoreReadError     an I/O error while reading it: file, offset, length
+    │   └── StoreBusyError     another writer holds its lock
+    ├── DiskFullError          not enough room on the disk for what was asked
+    ├── CapTooSmallError       the memory cap lies below the floor; `.floor` says it
+    ├── CapExceededError       the process grew past the cap it promised to keep (our bug; never hidden)
+    ├── PromptError            the prompt is empty or does not fit the context
+    ├── DeviceError            the asked compute device is not there
+    └── PlatformError          this operating system is not supported
+
+A message says what, where, what was expected and what to do next, in one line.
+A lower-level error (OSError, JSON, ...) is always mapped to one of these at the boundary where
+its meaning is known. `assert` is for our own bugs only.
+"""
+
+from __future__ import annotations
+
+
+class FlashInferError(Exception):
+    """Base of the tree above."""
+
+
+class CheckpointError(FlashInferError):
+    """The checkpoint is missing, damaged, or not something that can be packed."""
+
+
+class LayoutError(CheckpointError):
+    """No layout fits the checkpoint, or a layout file breaks its schema."""
+
+
+class StoreError(FlashInferError):
+    """The weight store is missing, damaged, half-written or of a newer version."""
+
+
+class StoreReadError(StoreError):
+    """A read of the store failed or came back short.
+
+    Attributes:
+        path: the file.
+        offset: first byte asked, from the start of the file.
+        length: bytes asked.
+    """
+
+    def __init__(self, path: str, offset: int, length: int, reason: str) -> None:
+        self.path, self.offset, self.length = path, offset, length
+        super().__init__(
+            f"reading {length} bytes at offset {offset} of {path} failed: {reason}; "
+            "check the disk, then run `flashinfer verify` on the store"
+        )
+
+
+class StoreBusyError(StoreError):
+    """Another process is writing this store."""
+
+
+class DiskFullError(FlashInferError):
+    """The target filesystem has no room for the result."""
+
+
+class CapTooSmallError(FlashInferError):
+    """The memory cap is below what this model needs at the least.
+
+    Attributes:
+        floor: the smallest cap that would be accepted, in bytes.
+    """
+
+    def __init__(self, message: str, floor: int) -> None:
+        self.floor = floor
+        super().__init__(message)
+
+
+class CapExceededError(FlashInferError):
+    """Peak memory of the process went above the cap the plan promised."""
+
+
+class PromptError(FlashInferError):
+    """The prompt is empty, or longer than the context."""
+
+
+class DeviceError(FlashInferError):
+    """The compute device asked for is not available."""
+
+
+class PlatformError(FlashInferError):
+    """The operating system is not supported."""
