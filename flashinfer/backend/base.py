@@ -1,0 +1,130 @@
+"""The verbs of a compute backend.
+
+Activations are float32 `[tokens, width]` buffers that only the backend looks into; weights stay in the
+bytes and the codec they have in the store. All arithmetic runs on tiles whose shapes are constants of
+`config.py`, so that *when* and *from where* a tile's bytes arrive cannot change a result: not the cap,
+the cache, the order on disk, the prompt's chunking or the number of threads.
+
+A token axis is either 1 (decode) or a multiple of TILE_TOKENS whose tiles are anchored to absolute
+positions (prefill); `model.rows` makes it so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from flashinfer.store.facts import Activation
+
+Buffer = Any
+"""Opaque outside its backend."""
+Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+Index = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where one part lies in a bundle: byte offset, values, codec."""
+
+    offset: int
+    elements: int
+    codec: str
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What a bundle holds. Plain FFNs have no `up` here: it is their decision matrix."""
+
+    bytes: int
+    down: Part
+    up: Part | None = None
+    up_bias: Part | None = None
+
+
+class Backend(Protocol):
+    """Where arithmetic runs. A call returns when its result may be used by the next one."""
+
+    name: str
+    threads: int
+
+    def vector(self, values: Floats) -> Buffer:
+        """A resident float32 vector or table, copied."""
+        ...
+
+    def matrix(self, raw: Bytes, codec: str, rows: int, cols: int, *, keep: bool) -> Buffer:
+        """Weights `[rows, cols]` over raw bytes. On a CPU this is a view. `keep`: it stays for good (a device
+        with its own memory copies it there and the caller may drop `raw`); otherwise it is used at once."""
+        ...
+
+    def zeros(self, tokens: int, width: int) -> Buffer:
+        """A float32 activation of zeros."""
+        ...
+
+    def place(self, values: Floats) -> Buffer:
+        """Host float32 `[tokens, width]` as an activation, copied."""
+        ...
+
+    def take(self, x: Buffer, row: int) -> Buffer:
+        """Row `row` as an activation of one token, copied."""
+        ...
+
+    def fetch(self, x: Buffer) -> Floats:
+        """An activation on the host, copied."""
+        ...
+
+    def rows(self, weights: Buffer, ids: Index) -> Floats:
+        """Rows of a weight matrix as float32 `[len(ids), cols]` on the host (embedding lookup)."""
+        ...
+
+    def linear(self, out: Buffer, first: int, x: Buffer, weights: Buffer) -> None:
+        """`out[:, first : first + rows] = x @ weights.T`, TILE_ROWS output rows at a time. Writes `out`."""
+        ...
+
+    def add(self, x: Buffer, y: Buffer) -> Buffer:
+        """`x + y`, `y` an activation or a vector. Overwrites and returns `x`."""
+        ...
+
+    def norm(
+        self, x: Buffer, weight: Buffer | None, bias: Buffer | None, kind: Literal["rms", "layer"], eps: float
+    ) -> Buffer:
+        """RMSNorm or LayerNorm over the width."""
+        ...
+
+    def rotate(self, x: Buffer, head_dim: int, cos: Floats, sin: Floats) -> Buffer:
+        """Rotary positions on `[tokens, heads * head_dim]`; cos, sin `[tokens, rotary_dim / 2]`, halves convention."""
+        ...
+
+    def new_kv(self, kv_heads: int, head_dim: int, capacity: int) -> Buffer:
+        """Keys and values of one layer for `capacity` positions, zeroed."""
+        ...
+
+    def append_kv(self, kv: Buffer, at: int, k: Buffer, v: Buffer, skip: int, count: int) -> None:
+        """Positions at .. at+count of `kv` become rows skip .. skip+count of k and v. Writes `kv`."""
+        ...
+
+    def attend(self, q: Buffer, kv: Buffer, first: int, heads: int) -> Buffer:
+        """Causal attention of rows at positions first, first+1, ... over `kv`, grouped-query where there are
+        fewer kv heads; softmax over key tiles of TILE_KEYS with a fixed order of sums."""
+        ...
+
+    def positive(self, gate: Buffer, skip: int, count: int) -> npt.NDArray[np.bool_]:
+        """Which neurons have a positive decision product: host bool `[count, neurons]` for rows skip .. skip+count."""
+        ...
+
+    def fire(self, gate: Buffer, activation: Activation, index: Index) -> Buffer:
+        """Activated decision products in tiles: `index` int64 `[tiles, TILE_NEURONS]`, -1 pads with zero.
+        Result `[tiles, tokens, TILE_NEURONS]`."""
+        ...
+
+    def ffn(self, acc: Buffer, x: Buffer, fired: Buffer, memory: Bytes, offsets: Index, bundle: Bundle) -> None:
+        """Add the neurons' outputs to `acc`, tile by tile in order. `memory` holds the bundles, the bundle
+        of `fired[t, :, n]` at byte `offsets[t, n]` (`[tiles, TILE_NEURONS]`). Writes `acc`."""
+        ...
+
+    def close(self) -> None:
+        """Release threads. Idempotent."""
+        ...

@@ -1,0 +1,250 @@
+"""The verbs in torch, on the CPU or (by the same code) on CUDA.
+
+Weights are converted tile by tile into float32 scratch that belongs to the worker thread; no matrix is ever
+converted whole. Torch itself runs single-threaded: parallelism is over tiles, so thread count cannot
+change a tile's arithmetic.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashinfer.backend.base import Bundle, Bytes, Floats, Index, Part
+from flashinfer.config import TILE_KEYS, TILE_NEURONS, TILE_ROWS, TILE_TOKENS
+from flashinfer.errors import DeviceError
+from flashinfer.store.facts import Activation
+
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+PARALLEL_WORK = 1 << 19
+"""Multiply-adds below which starting a second thread costs more than it saves."""
+
+
+def _relu2(x: Tensor) -> Tensor:
+    return torch.relu(x).square()
+
+
+def _gelu_quick(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "relu2": _relu2,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_quick": _gelu_quick,
+}
+
+
+@dataclass(frozen=True)
+class Kv:
+    """Keys and values `[key tiles, kv heads, TILE_KEYS, head_dim]`: the first n tiles are contiguous."""
+
+    k: Tensor
+    v: Tensor
+
+
+class TorchBackend:
+    """See `backend.base.Backend`. Raises DeviceError when the device is not there."""
+
+    def __init__(self, device: str = "cpu", threads: int = 1) -> None:
+        if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+            raise DeviceError(f"device {device!r} is not available to torch {torch.__version__}; use --device cpu")
+        self.name = f"torch-{device}"
+        self.threads = threads
+        self._device = torch.device(device)
+        self._pool = ThreadPoolExecutor(threads, "flashinfer-compute") if threads > 1 else None
+        self._local = threading.local()
+        torch.set_num_threads(1)
+
+    # -- buffers
+
+    def vector(self, values: Floats) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self._device)
+
+    def matrix(self, raw: Bytes, codec: str, rows: int, cols: int, *, keep: bool) -> Tensor:
+        return torch.from_numpy(raw).view(DTYPES[codec]).view(rows, cols).to(self._device)
+
+    def zeros(self, tokens: int, width: int) -> Tensor:
+        return torch.zeros(tokens, width, device=self._device)
+
+    def place(self, values: Floats) -> Tensor:
+        return torch.tensor(values, device=self._device)
+
+    def take(self, x: Tensor, row: int) -> Tensor:
+        return x[row : row + 1].clone()
+
+    def fetch(self, x: Tensor) -> Floats:
+        host: Floats = x.cpu().numpy().copy()
+        return host
+
+    def rows(self, weights: Tensor, ids: Index) -> Floats:
+        picked: Floats = weights[torch.from_numpy(ids).to(self._device)].float().cpu().numpy()
+        return picked
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+    def _scratch(self, name: str, elements: int, dtype: torch.dtype = torch.float32, host: bool = False) -> Tensor:
+        """This thread's scratch of that name, grown when needed."""
+        kept: Tensor | None = getattr(self._local, name, None)
+        if kept is None or kept.numel() < elements:
+            kept = torch.zeros(elements, dtype=dtype, device="cpu" if host else self._device)
+            setattr(self._local, name, kept)
+        return kept[:elements]
+
+    def _spread(self, count: int, work: int, run: Callable[[int], None]) -> None:
+        """`run(i)` for every tile, on the pool when there is enough work."""
+        if self._pool is None or work < PARALLEL_WORK or count < 2:
+            for i in range(count):
+                run(i)
+            return
+        share = -(-count // self.threads)
+
+        def run_share(k: int) -> None:
+            for i in range(k * share, min(count, (k + 1) * share)):
+                run(i)
+
+        list(self._pool.map(run_share, range(-(-count // share))))
+
+    # -- dense parts
+
+    def linear(self, out: Tensor, first: int, x: Tensor, weights: Tensor) -> None:
+        rows, cols = weights.shape
+        tokens = x.shape[0]
+
+        def tile(i: int) -> None:
+            a, b = i * TILE_ROWS, min(rows, (i + 1) * TILE_ROWS)
+            w = self._scratch("weights", TILE_ROWS * cols)[: (b - a) * cols].view(b - a, cols)
+            w.copy_(weights[a:b])
+            if tokens == 1:
+                torch.mv(w, x[0], out=out[0, first + a : first + b])
+                return
+            for t in range(0, tokens, TILE_TOKENS):
+                out[t : t + TILE_TOKENS, first + a : first + b] = torch.mm(x[t : t + TILE_TOKENS], w.t())
+
+        self._spread(-(-rows // TILE_ROWS), rows * cols * tokens, tile)
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x.add_(y)
+
+    def norm(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: Literal["rms", "layer"], eps: float
+    ) -> Tensor:
+        if kind == "layer":
+            return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        return y if weight is None else y.mul_(weight)
+
+    def rotate(self, x: Tensor, head_dim: int, cos: Floats, sin: Floats) -> Tensor:
+        half = cos.shape[1]
+        heads = x.view(x.shape[0], -1, head_dim)
+        c, s = (torch.from_numpy(a).to(self._device)[:, None, :] for a in (cos, sin))
+        a, b, rest = heads[..., :half], heads[..., half : 2 * half], heads[..., 2 * half :]
+        return torch.cat((a * c - b * s, b * c + a * s, rest), dim=-1).view(x.shape)
+
+    # -- attention
+
+    def new_kv(self, kv_heads: int, head_dim: int, capacity: int) -> Kv:
+        shape = (-(-capacity // TILE_KEYS), kv_heads, TILE_KEYS, head_dim)
+        return Kv(torch.zeros(shape, device=self._device), torch.zeros(shape, device=self._device))
+
+    def append_kv(self, kv: Kv, at: int, k: Tensor, v: Tensor, skip: int, count: int) -> None:
+        _, heads, _, dim = kv.k.shape
+        at_tile = torch.arange(at, at + count, device=self._device)
+        where = (at_tile // TILE_KEYS, slice(None), at_tile % TILE_KEYS)
+        kv.k[where] = k[skip : skip + count].view(count, heads, dim)
+        kv.v[where] = v[skip : skip + count].view(count, heads, dim)
+
+    def attend(self, q: Tensor, kv: Kv, first: int, heads: int) -> Tensor:
+        out = torch.empty_like(q)
+        step = 1 if q.shape[0] == 1 else TILE_TOKENS
+        for t in range(0, q.shape[0], step):
+            out[t : t + step] = self._attend_tile(q[t : t + step], kv, first + t, heads)
+        return out
+
+    def _attend_tile(self, q: Tensor, kv: Kv, first: int, heads: int) -> Tensor:
+        """Rows at first .. first+step, which never straddle a key tile: all see the same key tiles."""
+        step = q.shape[0]
+        _, kv_heads, _, dim = kv.k.shape
+        group, tiles = heads // kv_heads, first // TILE_KEYS + 1
+        q = (q * dim**-0.5).view(step, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, group * step, dim)
+        scores = torch.matmul(q, kv.k[:tiles].transpose(-1, -2))
+        keys = torch.arange((tiles - 1) * TILE_KEYS, tiles * TILE_KEYS, device=self._device)
+        seen = keys <= torch.arange(first, first + step, device=self._device)[:, None]
+        scores[-1].view(kv_heads, group, step, TILE_KEYS).masked_fill_(~seen, -torch.inf)
+        weights = torch.exp(scores - scores.amax(dim=(0, 3), keepdim=True))
+        sums, outs = weights.sum(-1, keepdim=True), torch.matmul(weights, kv.v[:tiles])
+        total, acc = sums[0], outs[0]
+        for i in range(1, tiles):  # in order: a longer context only adds terms at the end
+            total, acc = total + sums[i], acc + outs[i]
+        y = (acc / total).view(kv_heads, group, step, dim).permute(2, 0, 1, 3)
+        return y.reshape(step, heads * dim)
+
+    # -- feed-forward
+
+    def positive(self, gate: Tensor, skip: int, count: int) -> npt.NDArray[np.bool_]:
+        mask: npt.NDArray[np.bool_] = (gate[skip : skip + count] > 0).cpu().numpy()
+        return mask
+
+    def fire(self, gate: Tensor, activation: Activation, index: Index) -> Tensor:
+        at = torch.from_numpy(index).to(self._device)
+        picked = gate[:, at.clamp(min=0)].permute(1, 0, 2).contiguous()
+        return ACTIVATIONS[activation](picked).masked_fill_((at < 0)[:, None, :], 0.0)
+
+    def ffn(self, acc: Tensor, x: Tensor, fired: Tensor, memory: Bytes, offsets: Index, bundle: Bundle) -> None:
+        host = torch.from_numpy(memory)
+        at = torch.from_numpy(offsets)
+        bundles = host.as_strided((host.numel() - bundle.bytes + 1, bundle.bytes), (1, 1))
+        wave = self.threads if self._pool is not None else 1
+        work = TILE_NEURONS * bundle.bytes * len(acc) * wave
+        for start in range(0, len(offsets), wave):
+            count = min(wave, len(offsets) - start)
+            parts: list[Tensor] = [acc] * count
+
+            def tile(i: int, start: int = start, parts: list[Tensor] = parts) -> None:
+                parts[i] = self._ffn_tile(x, fired[start + i], bundles, at[start + i], bundle)
+
+            self._spread(count, work, tile)
+            for part in parts:
+                acc.add_(part)
+
+    def _ffn_tile(self, x: Tensor, fired: Tensor, bundles: Tensor, at: Tensor, bundle: Bundle) -> Tensor:
+        """Output of one tile of neurons, `[tokens, hidden]`."""
+        raw = self._scratch("bundles", TILE_NEURONS * bundle.bytes, torch.uint8, host=True)
+        raw = raw.view(TILE_NEURONS, bundle.bytes)
+        torch.index_select(bundles, 0, at, out=raw)
+        down = self._part("down", raw, bundle.down)
+        up = None if bundle.up is None else self._part("up", raw, bundle.up)
+        bias = None if bundle.up_bias is None else self._part("bias", raw, bundle.up_bias)[:, 0]
+        step = 1 if x.shape[0] == 1 else TILE_TOKENS
+        out = []
+        for t in range(0, x.shape[0], step):
+            h = fired[t : t + step]
+            if up is not None:
+                u = torch.mm(x[t : t + step], up.t())
+                h = h * (u if bias is None else u + bias)
+            out.append(torch.mm(h, down))
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    def _part(self, name: str, raw: Tensor, part: Part) -> Tensor:
+        """One part of a tile of bundles as float32 `[TILE_NEURONS, elements]` in scratch."""
+        dtype = DTYPES[part.codec]
+        data = raw[:, part.offset : part.offset + part.elements * dtype.itemsize]
+        if raw.shape[1] % dtype.itemsize or part.offset % dtype.itemsize:
+            data = data.contiguous()
+        values = self._scratch(name, TILE_NEURONS * part.elements).view(TILE_NEURONS, part.elements)
+        return values.copy_(data.view(dtype))

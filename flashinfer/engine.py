@@ -1,0 +1,226 @@
+"""Model (weights, slots, plan) and Session (KV cache, position): one step, readable at a glance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from flashinfer import machine
+from flashinfer.backend import Buffer, open_backend
+from flashinfer.config import RunConfig
+from flashinfer.errors import CapExceededError, PromptError
+from flashinfer.io import Reader, open_reader
+from flashinfer.ledger import Ledger
+from flashinfer.memory import Mode, Plan, Request, resolve
+from flashinfer.model.decoder import Decoder
+from flashinfer.model.rows import Rows, decode_row, prefill_rows
+from flashinfer.model.streamed import StreamedWeights
+from flashinfer.store import Facts, Store, open_store
+from flashinfer.units import MIB, format_size
+
+Floats = npt.NDArray[np.float32]
+
+SMALL_MODEL = 64 * MIB
+"""Below this many weight bytes a second compute thread costs scratch and saves nothing."""
+DEFAULT_CONTEXT = 4096
+"""Context of a session when nobody says, if the model's own is not smaller."""
+SAFE_SHARE = 0.9
+"""Share of the usable memory taken when no cap is given."""
+
+
+class Session:
+    """One conversation: its keys and values, and how far it has come."""
+
+    def __init__(self, kv: list[Buffer], capacity: int) -> None:
+        self._kv = kv
+        self.capacity = capacity
+        self.length = 0
+
+    def truncate(self, length: int) -> None:
+        """Forget everything after the first `length` tokens."""
+        assert 0 <= length <= self.length
+        self.length = length
+
+    def close(self) -> None:
+        """Drop the keys and values."""
+        self._kv = []
+
+
+class Model:
+    """An open weight store under a memory cap. Sessions come and go; the cache is shared by them.
+
+    Use `Model.open`. Not thread-safe: one step at a time. A step that fails or is interrupted leaves the model
+    and the session as they were before it.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        plan: Plan,
+        reader: Reader,
+        weights: StreamedWeights,
+        decoder: Decoder,
+        ledger: Ledger,
+        chunk: int,
+    ) -> None:
+        self.store, self.plan, self.ledger = store, plan, ledger
+        self.facts: Facts = store.manifest.facts
+        self._reader, self._weights, self._decoder, self._chunk = reader, weights, decoder, chunk
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,
+        *,
+        memory: int | None = None,
+        weight_memory: int | None = None,
+        context: int | None = None,
+        run: RunConfig | None = None,
+        device: str = "cpu",
+        mode: Mode = "cached",
+    ) -> Model:
+        """Open a store, resolve the plan and load what stays resident.
+
+        `memory` and `weight_memory` are bytes, at most one of them; with none, what the machine can spare.
+
+        Raises:
+            StoreError, StoreReadError, CapTooSmallError, DeviceError, PromptError (context beyond the model's).
+        """
+        run = run or RunConfig()
+        store = open_store(Path(path))
+        manifest = store.manifest
+        threads = run.threads or (machine.compute_threads() if manifest.weight_bytes() > SMALL_MODEL else 1)
+        if memory is None and weight_memory is None:
+            memory = int(machine.usable_memory() * SAFE_SHARE)
+        backend = open_backend(device, threads)
+        reader = open_reader([store.path_of(manifest.dense), store.path_of(manifest.neurons)], run.io)
+        try:
+            request = Request(
+                context=_context(manifest.facts, context),
+                threads=threads,
+                alignment=reader.alignment,
+                baseline=machine.resident_bytes(),
+                run=run,
+                memory=memory,
+                weight_memory=weight_memory,
+                mode=mode,
+            )
+            plan = resolve(manifest, request)
+            geometries = [store.geometry(i) for i in range(manifest.facts.num_layers)]
+            ledger = Ledger()
+            with ledger.phase(ledger.load, 0):
+                weights = StreamedWeights(manifest, geometries, reader, backend, plan, run, mode, ledger)
+        except BaseException:
+            reader.close()
+            backend.close()
+            raise
+        decoder = Decoder(manifest.facts, weights, plan.context, window=run.cache.window, naive=mode == "naive")
+        return cls(store, plan, reader, weights, decoder, ledger, run.prefill_chunk)
+
+    def session(self, capacity: int | None = None) -> Session:
+        """A new, empty session for up to `capacity` tokens (default: the plan's context)."""
+        capacity = min(capacity or self.plan.context, self.plan.context)
+        return Session(self._decoder.new_kv(capacity), capacity)
+
+    def step(self, session: Session, tokens: Sequence[int]) -> Floats:
+        """Append tokens to the session; the logits `[vocab]` after the last of them.
+
+        One token is a decode step; more are processed in chunks of the run's `prefill_chunk`.
+
+        Raises:
+            PromptError: no tokens, a token outside the vocabulary, or more than the context holds.
+            StoreReadError: a read failed; nothing was appended.
+        """
+        return self._run(session, tokens, every=False)[-1]
+
+    def logits(self, session: Session, tokens: Sequence[int]) -> Floats:
+        """As `step`, with the logits after every token: `[len(tokens), vocab]`."""
+        return self._run(session, tokens, every=True)
+
+    def _run(self, session: Session, tokens: Sequence[int], *, every: bool) -> Floats:
+        ids = self._checked(session, tokens)
+        before, out = session.length, []
+        account = self.ledger.decode if len(ids) == 1 else self.ledger.prefill
+        try:
+            with self.ledger.phase(account, len(ids)):
+                for rows in self._chunks(before, len(ids)):
+                    x = self._decoder.forward(ids[rows.start - before : rows.end - before], rows, session._kv)
+                    session.length = rows.end
+                    if every:
+                        out.append(self._decoder.head(x)[rows.skip : rows.skip + rows.count])
+                if not every:
+                    last = self._decoder.backend.take(x, rows.skip + rows.count - 1)
+                    out.append(self._decoder.head(last))
+        except BaseException:
+            session.truncate(before)
+            raise
+        logits: Floats = np.concatenate(out)
+        return logits
+
+    def _chunks(self, start: int, count: int) -> list[Rows]:
+        if count == 1:
+            return [decode_row(start)]
+        step = self._chunk
+        return [prefill_rows(start + i, min(step, count - i)) for i in range(0, count, step)]
+
+    def _checked(self, session: Session, tokens: Sequence[int]) -> npt.NDArray[np.int64]:
+        ids = np.asarray(tokens, dtype=np.int64)
+        if ids.ndim != 1 or not len(ids):
+            raise PromptError("there are no tokens to process; give at least one")
+        if ids.min() < 0 or ids.max() >= self.facts.vocab_size:
+            raise PromptError(f"token ids must lie in 0..{self.facts.vocab_size - 1}, got {ids.min()}..{ids.max()}")
+        if session.length + len(ids) > session.capacity:
+            raise PromptError(
+                f"{session.length + len(ids)} tokens do not fit the context of {session.capacity}; "
+                "shorten the prompt or raise --context"
+            )
+        return ids
+
+    def check_cap(self) -> None:
+        """Hold the process's real peak against the promise.
+
+        Raises:
+            CapExceededError: the cap is a `--memory` cap and the process grew beyond it.
+        """
+        peak = machine.peak_resident_bytes()
+        if self.plan.cap_kind == "memory" and peak > self.plan.cap:
+            raise CapExceededError(
+                f"the process grew to {format_size(peak)}, above its cap of {format_size(self.plan.cap)}; "
+                "please report this with the output of --json"
+            )
+
+    @property
+    def effective_window(self) -> int:
+        """How many of the last tokens have all their neurons in the slots, at most the window asked for."""
+        return self._weights.effective_window
+
+    @property
+    def reader_note(self) -> str:
+        """How the store is read, for people."""
+        return self._reader.note
+
+    def close(self) -> None:
+        """Release weights, threads and files. Idempotent."""
+        self._weights.close()
+        self._reader.close()
+        self._weights.backend.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _context(facts: Facts, asked: int | None) -> int:
+    if asked is None:
+        return min(facts.context_length, DEFAULT_CONTEXT)
+    if not 1 <= asked <= facts.context_length:
+        raise PromptError(f"a context of {asked} is not in 1..{facts.context_length}, what this model was made for")
+    return asked

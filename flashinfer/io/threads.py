@@ -1,0 +1,137 @@
+"""The portable reader: a pool of threads doing positional reads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from queue import SimpleQueue
+
+import numpy as np
+import numpy.typing as npt
+
+from flashinfer.errors import StoreReadError
+from flashinfer.io.files import OpenFile, describe, open_files
+from flashinfer.io.reader import Extents, ReadStats, check_request
+
+Buffer = npt.NDArray[np.uint8]
+
+
+class ThreadReader:
+    """A `Reader` (see `io.reader`) of persistent daemon threads; the reads themselves run without the GIL.
+
+    A submitted batch is one pile of extents, announced to as many threads as can help; each takes the next
+    extent when it is done with the last, so one slow read holds up nobody. Batches are served in order.
+
+    Args:
+        paths: the files, numbered by their place here.
+        threads: reads in flight at most.
+        direct: try to bypass the page cache; False reads through it and drops the pages afterwards.
+
+    Raises:
+        ValueError: `threads` is below 1.
+        StoreError: a file cannot be opened.
+        PlatformError: on Windows.
+    """
+
+    def __init__(self, paths: Sequence[Path], *, threads: int, direct: bool = True) -> None:
+        if threads < 1:
+            raise ValueError(f"at least one thread is needed, not {threads}")
+        self._files = open_files(paths, direct=direct)
+        self.alignment = max((file.alignment for file in self._files), default=1)
+        self.direct = all(file.refusal is None for file in self._files)
+        self.note = f"{threads} threads, {describe(self._files)}"
+        self.stats = ReadStats()
+        self._queue: SimpleQueue[_Batch | None] = SimpleQueue()
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=_work, args=(self._queue,), name=f"flashinfer-read-{i}", daemon=True)
+            for i in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, file: int, extents: Extents, target: Buffer) -> _Batch:
+        """As `Reader.submit`."""
+        if self._closed:
+            raise ValueError("the reader is closed")
+        check_request(extents, target, self.alignment)
+        self.stats.count(extents)
+        batch = _Batch(self._files[file], extents, target, self.stats)
+        for _ in range(min(len(self._threads), len(extents.offsets))):
+            self._queue.put(batch)
+        return batch
+
+    def close(self) -> None:
+        """As `Reader.close`."""
+        if not self._closed:
+            self._closed = True
+            for _ in self._threads:
+                self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+        while self._files:
+            self._files.pop().close()
+
+
+class _Batch:
+    """Extents of one submit: shared by the threads that read them and the caller that waits."""
+
+    def __init__(self, file: OpenFile, extents: Extents, target: Buffer, stats: ReadStats) -> None:
+        self._file = file
+        self._stats = stats
+        self._view = target.data
+        self._todo = deque(
+            zip(extents.offsets.tolist(), extents.lengths.tolist(), extents.targets.tolist(), strict=True)
+        )
+        self._left = len(self._todo)
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self._error: StoreReadError | None = None
+        if not self._left:
+            self._done.set()
+
+    def run(self) -> None:
+        """Read until nothing is left to take; called by every thread that helps."""
+        count = 0
+        while True:
+            try:
+                offset, length, place = self._todo.popleft()
+            except IndexError:
+                break
+            count += 1
+            if self._error is None:
+                self._read(offset, length, place)
+        if count:
+            with self._lock:
+                self._left -= count
+                if not self._left:
+                    self._done.set()
+
+    def _read(self, offset: int, length: int, place: int) -> None:
+        try:
+            self._file.read(offset, self._view[place : place + length])
+        except Exception as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            failure = StoreReadError(self._file.path, offset, length, reason)
+            failure.__cause__ = error.with_traceback(None)  # its frames would keep the buffer alive
+            with self._lock:
+                self._error = self._error or failure
+
+    def wait(self) -> None:
+        """As `Pending.wait`."""
+        started = time.perf_counter()
+        try:
+            self._done.wait()
+        finally:
+            self._stats.seconds_waiting += time.perf_counter() - started
+        if self._error is not None:
+            raise self._error
+
+
+def _work(queue: SimpleQueue[_Batch | None]) -> None:
+    while (batch := queue.get()) is not None:
+        batch.run()
+        del batch  # an idle thread must not keep the last buffer alive

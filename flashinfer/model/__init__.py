@@ -1,0 +1,1 @@
+"""The decoder: one for every family, its weights behind `weights.Weights`."""

@@ -1,0 +1,64 @@
+"""Where a decoder gets its weights: the interface the streamed store and the test twin share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from flashinfer.backend import Backend, Buffer, Bundle
+from flashinfer.predict import Selection
+
+Index = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tiles first .. last whose neurons' bytes are in `memory` now, at `offsets` `[last - first, TILE_NEURONS]`.
+
+    Valid until the next group is asked for.
+    """
+
+    first: int
+    last: int
+    memory: npt.NDArray[np.uint8]
+    offsets: Index
+
+
+class Weights(Protocol):
+    """All weights of one model, by role (`docs/format.md`), on one backend."""
+
+    backend: Backend
+
+    def vector(self, role: str) -> Buffer | None:
+        """A resident float32 vector, or None where the model has none."""
+        ...
+
+    def has(self, role: str) -> bool:
+        """Whether the model has that matrix."""
+        ...
+
+    def rows_of(self, role: str) -> int:
+        """Output rows of a matrix."""
+        ...
+
+    def blocks(self, role: str) -> Iterator[tuple[int, Buffer]]:
+        """A matrix as consecutive row blocks (first row, weights), each starting at a multiple of TILE_ROWS
+        and valid until the next is asked for."""
+        ...
+
+    def lookup(self, role: str, ids: Index) -> npt.NDArray[np.float32]:
+        """Rows of a matrix as float32 `[len(ids), cols]`."""
+        ...
+
+    def bundle(self, layer: int) -> Bundle:
+        """What a bundle of that layer looks like."""
+        ...
+
+    def neurons(self, layer: int, selection: Selection, tiles: Index) -> Iterator[Group]:
+        """The bundles of the selected neurons. `tiles` `[n, TILE_NEURONS]`: original indices, -1 for padding or
+        for a neuron nobody needs (its bytes read as zeros). Groups come in tile order and cover every tile once."""
+        ...

@@ -1,0 +1,137 @@
+"""The twin: the same decoder on weights read straight from a checkpoint. No store, planner, slots, window or layout.
+
+Its map from roles to names is written by hand, so that a wrong layout shows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file
+
+from flashinfer.backend import Buffer, Bundle, Part
+from flashinfer.backend.torch_backend import TorchBackend
+from flashinfer.config import TILE_NEURONS
+from flashinfer.model.decoder import Decoder
+from flashinfer.model.rows import decode_row, prefill_rows
+from flashinfer.model.weights import Group
+from flashinfer.predict import Selection
+from flashinfer.store import Facts
+
+Index = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+CODECS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+LLAMA_TOP = {"embed": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
+LLAMA_LAYER = {
+    "attn.norm": "input_layernorm", "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj",
+    "attn.v": "self_attn.v_proj", "attn.o": "self_attn.o_proj", "ffn.norm": "post_attention_layernorm",
+    "ffn.gate": "mlp.gate_proj", "ffn.up": "mlp.up_proj", "ffn.down": "mlp.down_proj",
+}  # fmt: skip
+OPT_TOP = {
+    "embed": "model.decoder.embed_tokens", "embed.positions": "model.decoder.embed_positions",
+    "project_in": "model.decoder.project_in", "project_out": "model.decoder.project_out",
+    "final_norm": "model.decoder.final_layer_norm", "head": "lm_head",
+}  # fmt: skip
+OPT_LAYER = {
+    "attn.norm": "self_attn_layer_norm", "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj",
+    "attn.v": "self_attn.v_proj", "attn.o": "self_attn.out_proj", "ffn.norm": "final_layer_norm",
+    "ffn.up": "fc1", "ffn.down": "fc2",
+}  # fmt: skip
+
+
+def role_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a llama or opt checkpoint by its role."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        tensors.update(load_file(file))
+    config: dict[str, Any] = json.loads((path / "config.json").read_text())
+    opt = config["model_type"] == "opt"
+    top, per_layer = (OPT_TOP, OPT_LAYER) if opt else (LLAMA_TOP, LLAMA_LAYER)
+    prefix = "model.decoder.layers" if opt else "model.layers"
+    names = dict(top)
+    for i in range(config["num_hidden_layers"]):
+        names |= {f"layers.{i}.{role}": f"{prefix}.{i}.{name}" for role, name in per_layer.items()}
+    roles = {}
+    for role, name in names.items():
+        for kind in ("weight", "bias"):
+            if f"{name}.{kind}" in tensors:
+                roles[role if role == "embed.positions" else f"{role}.{kind}"] = tensors[f"{name}.{kind}"]
+    return roles
+
+
+class TwinWeights:
+    """See `flashinfer.model.weights.Weights`."""
+
+    def __init__(self, path: Path, facts: Facts, threads: int = 1) -> None:
+        self.backend = TorchBackend("cpu", threads)
+        self._tensors = role_tensors(path)
+        self._facts = facts
+        self._bundles = [self._make_bundles(i) for i in range(facts.num_layers)]
+
+    def vector(self, role: str) -> Buffer | None:
+        found = self._tensors.get(role)
+        return None if found is None else found.float().clone()
+
+    def has(self, role: str) -> bool:
+        return role in self._tensors
+
+    def rows_of(self, role: str) -> int:
+        return int(self._tensors[role].shape[0])
+
+    def blocks(self, role: str) -> Iterator[tuple[int, Buffer]]:
+        yield 0, self._tensors[role]
+
+    def lookup(self, role: str, ids: Index) -> Floats:
+        return self._tensors[role][torch.from_numpy(ids)].float().numpy()
+
+    def _make_bundles(self, layer: int) -> tuple[Bundle, npt.NDArray[np.uint8]]:
+        """All bundles of a layer in the checkpoint's order, a bundle of zeros behind them."""
+        name = f"layers.{layer}.ffn"
+        down = self._tensors[f"{name}.down.weight"].t().contiguous()
+        columns, parts, at = [], {}, 0
+        if self._facts.gated:
+            columns.append(("up", self._tensors[f"{name}.up.weight"]))
+        columns.append(("down", down))
+        if self._facts.gated and f"{name}.up.bias" in self._tensors:
+            columns.append(("up_bias", self._tensors[f"{name}.up.bias"].float()[:, None]))
+        raw = []
+        for part, values in columns:
+            parts[part] = Part(at, values.shape[1], CODECS[values.dtype])
+            raw.append(values.contiguous().view(torch.uint8).numpy())
+            at += raw[-1].shape[1]
+        memory = np.concatenate([np.concatenate(raw, axis=1).reshape(-1), np.zeros(at, dtype=np.uint8)])
+        return Bundle(at, parts["down"], parts.get("up"), parts.get("up_bias")), memory
+
+    def bundle(self, layer: int) -> Bundle:
+        return self._bundles[layer][0]
+
+    def neurons(self, layer: int, selection: Selection, tiles: Index) -> Iterator[Group]:
+        bundle, memory = self._bundles[layer]
+        zeros = len(memory) - bundle.bytes
+        yield Group(0, len(tiles), memory, np.where(tiles >= 0, tiles * bundle.bytes, zeros))
+
+
+class Twin:
+    """Prompt in one chunk, then token by token."""
+
+    def __init__(self, path: Path, facts: Facts, *, threads: int = 1, context: int = 256) -> None:
+        assert TILE_NEURONS > 0
+        self.weights = TwinWeights(path, facts, threads)
+        self.decoder = Decoder(facts, self.weights, context, window=5)
+        self.kv = self.decoder.new_kv(context)
+        self.length = 0
+
+    def logits(self, tokens: list[int]) -> Floats:
+        """Append tokens; logits `[len(tokens), vocab]`."""
+        ids = np.array(tokens, dtype=np.int64)
+        rows = decode_row(self.length) if len(ids) == 1 else prefill_rows(self.length, len(ids))
+        x = self.decoder.forward(ids, rows, self.kv)
+        self.length = rows.end
+        return self.decoder.head(x)[rows.skip : rows.skip + rows.count]
