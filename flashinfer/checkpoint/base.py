@@ -1,0 +1,64 @@
+"""What a checkpoint is, whatever its source: names, shapes and types at once, bytes on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Words = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+"""Values as they lie in the file: one unsigned word each, 2 bytes (f16, bf16) or 4 (f32)."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor without reading it.
+
+    `dtype` is a codec's name (`f32`, `f16`, `bf16`), or the source's own name for a type that cannot be packed.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns; a vector is one row."""
+        if len(self.shape) == 2:
+            return self.shape[0], self.shape[1]
+        assert len(self.shape) == 1, self.name
+        return 1, self.shape[0]
+
+
+class Checkpoint(Protocol):
+    """A lazy mapping of names to tensors. Reads are positional: memory is what the caller asked for, no more.
+
+    All reading methods raise CheckpointError: unpackable dtype, a file cut short, an I/O error.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    """The content of config.json."""
+    text: Mapping[str, Path]
+    """Tokenizer, generation and configuration files, by name: carried into the store byte for byte."""
+    tensors: Mapping[str, TensorInfo]
+
+    def read_rows(self, name: str, start: int, stop: int) -> Words:
+        """Rows `[start, stop)` of a matrix (a vector is one row): `[stop - start, columns]`."""
+        ...
+
+    def read_columns(self, name: str, columns: slice | npt.NDArray[np.int64]) -> Words:
+        """The given columns of a matrix, in that order: `[rows, number of columns]`."""
+        ...
+
+    def will_need(self, name: str) -> None:
+        """Hint that all of a tensor will be read soon. Changes no result."""
+        ...
+
+    def close(self) -> None:
+        """Release the files. Idempotent."""
+        ...

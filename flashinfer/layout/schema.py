@@ -1,0 +1,176 @@
+"""A layout file: TOML -> frozen `Layout`, every key known or an error. `docs/layouts.md` explains each."""
+
+from __future__ import annotations
+
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from flashinfer.errors import LayoutError
+from flashinfer.layout.expression import Expression, parse_expression
+from flashinfer.store.facts import Facts
+
+SCHEMA = 1
+_ROPE_FACTS = ("family", "rope")
+_REQUIRED_FACTS = {f.name for f in msgspec.structs.fields(Facts) if f.required and f.name not in _ROPE_FACTS}
+_FACTS = {f.name for f in msgspec.structs.fields(Facts) if f.name not in _ROPE_FACTS}
+
+Scalar = bool | int | float | str
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Frozen, and an unknown key is an error."""
+
+
+class Source(_Strict, frozen=True):
+    """Where a value comes from: config key `key`, translated by `map`; `default` or `expr` where it is absent.
+
+    A null in config.json counts as absent. `expr` alone (no `key`) is always computed; `when` alone is true where
+    all its conditions hold.
+    """
+
+    key: str | None = None
+    default: Scalar | None = None
+    expr: str | None = None
+    map: dict[str, Scalar] | None = None
+    when: tuple[str, ...] | None = None
+
+
+class Condition(_Strict, frozen=True):
+    """A yes or no: a boolean config key (with a default), or whether two facts differ."""
+
+    key: str | None = None
+    default: bool | None = None
+    differ: tuple[str, str] | None = None
+
+
+class RopeSource(_Strict, frozen=True):
+    """Rotary positions: `parameters` lists the config keys of scaling tables, the first one present counts."""
+
+    theta: Source
+    rotary_dim: str
+    parameters: tuple[str, ...]
+
+
+class TensorPattern(_Strict, frozen=True):
+    """The checkpoint's name for a role, its shape there, and when it must be there.
+
+    `when` names conditions that must all hold (`not X` for the opposite); `optional` tensors may be absent.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    when: tuple[str, ...] = ()
+    optional: bool = False
+
+
+class Ignored(_Strict, frozen=True):
+    """Tensors that may be in a checkpoint and carry nothing the model needs."""
+
+    name: str
+    when: tuple[str, ...] = ()
+
+
+class Layout(_Strict, frozen=True):
+    """A model family, as its file states it. `{prefix}` and `{i}` stand in names for a prefix and a layer."""
+
+    schema: int
+    family: str
+    architectures: tuple[str, ...]
+    facts: dict[str, Scalar | Source]
+    tensors: dict[str, TensorPattern]
+    prefixes: tuple[str, ...] = ("",)
+    supported: dict[str, tuple[Scalar, ...]] = {}
+    conditions: dict[str, Condition] = {}
+    ignored: tuple[Ignored, ...] = ()
+    rope: RopeSource | None = None
+
+
+def read_layout(path: Path) -> Layout:
+    """Read and check a layout file.
+
+    Raises:
+        LayoutError: it cannot be read, is no TOML, or breaks the schema; says where.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise LayoutError(f"layout {path} cannot be read: {e.strerror}") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise LayoutError(f"layout {path} is not valid TOML: {e}") from e
+    return parse_layout(table, str(path))
+
+
+def parse_layout(table: dict[str, Any], where: str) -> Layout:
+    """A checked layout from parsed TOML; `where` names it in errors. Raises LayoutError."""
+    if table.get("schema") != SCHEMA:
+        raise LayoutError(f"layout {where} has schema {table.get('schema')!r}; this version reads schema {SCHEMA}")
+    try:
+        layout = msgspec.convert(table, Layout)
+    except msgspec.ValidationError as e:
+        raise LayoutError(f"layout {where}: {e}; see docs/layouts.md") from e
+    _check(layout, where)
+    return layout
+
+
+def _check(layout: Layout, where: str) -> None:
+    """What the types cannot say."""
+
+    def need(condition: bool, what: str) -> None:
+        if not condition:
+            raise LayoutError(f"layout {where}: {what}; see docs/layouts.md")
+
+    facts = set(layout.facts)
+    need(facts <= _FACTS, f"unknown fact {', '.join(sorted(facts - _FACTS))}")
+    need(facts >= _REQUIRED_FACTS, f"missing fact {', '.join(sorted(_REQUIRED_FACTS - facts))}")
+    need(bool(layout.architectures) and bool(layout.prefixes), "architectures and prefixes must not be empty")
+    for name, source in layout.facts.items():
+        if isinstance(source, Source):
+            sources = (source.key is not None or source.expr is not None) + (source.when is not None)
+            need(sources == 1, f"fact {name} must have either key or expr, or when")
+            need(source.default is None or source.expr is None, f"fact {name} has both default and expr")
+    for name, c in layout.conditions.items():
+        need((c.key is None) != (c.differ is None), f"condition {name} must have either key or differ")
+        need(c.differ is None or set(c.differ) <= facts, f"condition {name} compares unknown facts")
+        need(name not in facts, f"condition {name} has the name of a fact")
+    known = set(layout.conditions) | facts
+    for role, pattern in layout.tensors.items():
+        need(("{i}" in role) == ("{i}" in pattern.name), f"tensor {role}: role and name disagree about {{i}}")
+        need(pattern.shape != (), f"tensor {role} has no shape")
+    dependent = [(entry.name, entry.when) for entry in layout.tensors.values()]
+    dependent += [(entry.name, entry.when) for entry in layout.ignored]
+    dependent += [(f"fact {n}", s.when) for n, s in layout.facts.items() if isinstance(s, Source) and s.when]
+    for name, when in dependent:
+        unknown = {w.removeprefix("not ") for w in when} - known
+        need(not unknown, f"{name} depends on the unknown condition {', '.join(sorted(unknown))}")
+    for text, expression in _expressions(layout, where):
+        need(expression.names <= facts, f"{text!r} names a fact that is not there")
+
+
+def _expressions(layout: Layout, where: str) -> list[tuple[str, Expression]]:
+    texts = [s.expr for s in layout.facts.values() if isinstance(s, Source) and s.expr is not None]
+    texts += [size for pattern in layout.tensors.values() for size in pattern.shape]
+    if layout.rope is not None:
+        texts.append(layout.rope.rotary_dim)
+    try:
+        return [(text, parse_expression(text)) for text in texts]
+    except ValueError as e:
+        raise LayoutError(f"layout {where}: {e}; see docs/layouts.md") from e
+
+
+@cache
+def known_layouts() -> tuple[Layout, ...]:
+    """Every layout that ships, by family: from the wheel, or from `layouts/` of a source checkout.
+
+    Raises:
+        LayoutError: one of them breaks the schema, or the installation lost them.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for directory in (package / "_layouts", package.parent / "layouts"):
+        files = sorted(directory.glob("*.toml"))
+        if files:
+            return tuple(read_layout(path) for path in files)
+    raise LayoutError(f"no layouts beside {package}; the installation is incomplete: install it again")

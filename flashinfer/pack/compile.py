@@ -1,0 +1,157 @@
+"""`pack`: the whole compilation, from an opened checkpoint to the committed store."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy.typing as npt
+
+from flashinfer.checkpoint import Checkpoint, open_checkpoint
+from flashinfer.config import COPY_CHUNK, STORE_ALIGNMENT
+from flashinfer.errors import CheckpointError
+from flashinfer.layout import Layout, find_layout, match_layout, read_layout
+from flashinfer.pack.plan import PackOptions, PackPlan, plan_pack
+from flashinfer.pack.stream import layer_chunks, tensor_chunks
+from flashinfer.store.dense import write_dense
+from flashinfer.store.manifest import FileEntry, Manifest
+from flashinfer.store.neurons import write_neurons
+from flashinfer.store.writer import StoreWriter
+
+Progress = Callable[[int, int], None]
+"""Told bytes written and bytes in all."""
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What `pack` wrote. Sizes in bytes; `path` is the store."""
+
+    path: Path
+    family: str
+    seconds: float
+    bytes: int
+    weight_bytes: int
+    dense_bytes: int
+    neuron_bytes: int
+
+
+def pack(
+    checkpoint: str | Path,
+    store: str | Path,
+    *,
+    quant: str | None = None,
+    layout: str | Path | Layout | None = None,
+    force: bool = False,
+    decision: Literal["separate", "bundled"] = "separate",
+    bundles_per_record: int | None = None,
+    alignment: int = STORE_ALIGNMENT,
+    permutation: Sequence[npt.ArrayLike] | None = None,
+    progress: Progress | None = None,
+) -> PackReport:
+    """Compile the checkpoint directory into a weight store at `store`.
+
+    Peak memory is a constant (a few times `config.PACK_BLOCK`), whatever the model's size. An interrupted
+    or failed call leaves nothing behind.
+
+    Args:
+        checkpoint: a Hugging Face directory with safetensors files.
+        store: the directory to make; its parent must exist.
+        quant: codec of all matrices (`f32`, `f16`, `bf16`); None keeps each tensor's own type.
+        layout: a layout file (or a read one); None finds it by the architecture.
+        force: replace a store that is already there.
+        decision: where the decision matrix goes (`docs/format.md`).
+        bundles_per_record: None chooses it from bundle size and alignment.
+        alignment: of records, in bytes: a power of two from 512 to 4096.
+        permutation: per layer, which neuron lies at each position; None keeps the original order.
+        progress: called with bytes written and bytes in all.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be packed: missing or damaged files, wrong or non-finite tensors.
+        LayoutError: no layout fits it.
+        StoreError: `store` exists, or cannot be written.
+        DiskFullError: not enough room.
+    """
+    started = time.monotonic()
+    options = PackOptions(quant, decision, alignment, bundles_per_record, permutation)
+    source = open_checkpoint(checkpoint)
+    try:
+        plan = _plan(source, layout, options)
+        with StoreWriter(Path(store), need=plan.need, force=force) as writer:
+            manifest = _write(source, plan, writer, _Meter(plan.data_bytes, progress))
+            writer.commit(manifest)
+    finally:
+        source.close()
+    return PackReport(
+        path=Path(store),
+        family=manifest.facts.family,
+        seconds=time.monotonic() - started,
+        bytes=sum(f.bytes for f in manifest.files()),
+        weight_bytes=manifest.weight_bytes(),
+        dense_bytes=manifest.dense.bytes,
+        neuron_bytes=manifest.neurons.bytes,
+    )
+
+
+class _Meter:
+    """Counts the bytes that pass through and tells whoever asked."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.done, self.total, self.progress = 0, total, progress
+
+    def __call__(self, chunks: Iterable[memoryview]) -> Iterator[memoryview]:
+        for chunk in chunks:
+            yield chunk
+            self.done += chunk.nbytes
+            if self.progress is not None:
+                self.progress(self.done, self.total)
+
+
+def _plan(source: Checkpoint, layout: str | Path | Layout | None, options: PackOptions) -> PackPlan:
+    if layout is None:
+        layout = find_layout(source.config, source.tensors)
+    elif not isinstance(layout, Layout):
+        layout = read_layout(Path(layout))
+    match = match_layout(layout, source.config, {name: t.shape for name, t in source.tensors.items()})
+    return plan_pack(source, match, options)
+
+
+def _write(source: Checkpoint, plan: PackPlan, writer: StoreWriter, meter: _Meter) -> Manifest:
+    """All data files; returns the manifest with their names and checksums."""
+    draft, sources = plan.draft, plan.match.sources
+
+    def dense_chunks(role: str) -> Iterator[memoryview]:
+        if role in plan.orders:
+            return meter([plan.orders[role].data.cast("B")])
+        return meter(tensor_chunks(source, sources[role], draft.tensors[role].codec))
+
+    def neuron_chunks(layer: int) -> Iterator[memoryview]:
+        entry = draft.layers[layer]
+        order = plan.orders[entry.permutation] if entry.permutation else None
+        return meter(layer_chunks(source, entry, order))
+
+    with writer.create("dense", ".safetensors") as file:
+        tensors = write_dense(file, plan.dense, dense_chunks)
+    with writer.create("neurons", ".bin") as file:
+        layers = write_neurons(file, draft.layers, neuron_chunks)
+    dense, neurons = writer.entries
+    text = {name: _copy_text(path, name, writer, meter) for name, path in source.text.items()}
+    return msgspec.structs.replace(draft, dense=dense, neurons=neurons, tensors=tensors, layers=layers, text=text)
+
+
+def _copy_text(path: Path, name: str, writer: StoreWriter, meter: _Meter) -> FileEntry:
+    def chunks() -> Iterator[memoryview]:
+        try:
+            with path.open("rb") as source:
+                while data := source.read(COPY_CHUNK):
+                    yield memoryview(data)
+        except OSError as e:
+            raise CheckpointError(f"{path} cannot be read: {e.strerror}") from e
+
+    with writer.create("text", f"-{name}") as file:
+        for chunk in meter(chunks()):
+            file.write(chunk)
+    return writer.entries[-1]

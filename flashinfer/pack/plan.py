@@ -1,0 +1,170 @@
+"""What `pack` will write, decided before a byte is: a draft manifest with exact sizes and no checksums. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from flashinfer import __distribution__, __version__
+from flashinfer.checkpoint import Checkpoint
+from flashinfer.config import FILE_ALIGNMENT
+from flashinfer.errors import CheckpointError
+from flashinfer.layout import Match
+from flashinfer.quant import CODECS
+from flashinfer.store.dense import DensePlan, DenseTensor, plan_dense
+from flashinfer.store.facts import Facts
+from flashinfer.store.geometry import ASSUMED_DENSITY, choose_bundles_per_record, round_up
+from flashinfer.store.manifest import FORMAT, NO_HASH, VERSION, FileEntry, Manifest, NeuronLayer, encode_manifest
+from flashinfer.store.neurons import BundlePart, PartRole, bundle_size, file_size, place_parts, plan_layer
+from flashinfer.store.roles import bundle_parts, ffn_role, order_role, role_shapes
+
+Order = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """How to pack; see `pack` for each."""
+
+    quant: str | None
+    decision: Literal["separate", "bundled"]
+    alignment: int
+    bundles_per_record: int | None
+    permutation: Sequence[npt.ArrayLike] | None
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """The draft of a store: everything but checksums and the file names made of them.
+
+    `orders` maps the role of each permutation to it; `need` is the room the store takes on disk, in bytes.
+    """
+
+    match: Match
+    draft: Manifest
+    dense: DensePlan
+    orders: dict[str, Order]
+    need: int
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes that carry data: tensors, records and text; headers and padding between them left out."""
+        m = self.draft
+        text = sum(f.bytes for f in m.text.values())
+        return sum(t.bytes for t in m.tensors.values()) + sum(n.bytes for n in m.layers) + text
+
+
+def plan_pack(source: Checkpoint, match: Match, options: PackOptions) -> PackPlan:
+    """Decide codecs, geometry and places. Raises CheckpointError for an option or a dtype that cannot be."""
+    _check_options(options, match.facts)
+    orders = _orders(options.permutation, match.facts)
+    layers = _plan_layers(source, match, options, orders)
+    bundled = {ffn_role(i, p.role) for i, layer in enumerate(layers) for p in layer.parts}
+    dense = plan_dense(_dense_tensors(source, match, options, orders, bundled))
+    draft = Manifest(
+        format=FORMAT,
+        version=VERSION,
+        generator=f"{__distribution__} {__version__}",
+        alignment=options.alignment,
+        facts=match.facts,
+        dense=_draft_file("dense-", ".safetensors", dense.bytes),
+        neurons=_draft_file("neurons-", ".bin", file_size(layers)),
+        tensors=dense.entries,
+        layers=layers,
+        text={n: _draft_file("text-", f"-{n}", path.stat().st_size) for n, path in source.text.items()},
+    )
+    sizes = [f.bytes for f in draft.files()] + [len(encode_manifest(draft))]
+    return PackPlan(match, draft, dense, orders, sum(round_up(size, FILE_ALIGNMENT) for size in sizes))
+
+
+def _check_options(options: PackOptions, facts: Facts) -> None:
+    if options.quant is not None and options.quant not in CODECS:
+        raise CheckpointError(
+            f"quant {options.quant!r} is not known; choose {', '.join(CODECS)}, or none to keep each tensor's type"
+        )
+    a, count = options.alignment, options.bundles_per_record
+    if not 512 <= a <= FILE_ALIGNMENT or a & (a - 1):
+        raise CheckpointError(f"alignment {a} is not a power of two from 512 to {FILE_ALIGNMENT}")
+    if count is not None and not 1 <= count <= facts.intermediate_size:
+        raise CheckpointError(f"bundles per record {count} is not from 1 to {facts.intermediate_size}, the neurons")
+
+
+def _orders(permutation: Sequence[npt.ArrayLike] | None, facts: Facts) -> dict[str, Order]:
+    if permutation is None:
+        return {}
+    if len(permutation) != facts.num_layers:
+        raise CheckpointError(f"{len(permutation)} permutations for {facts.num_layers} layers")
+    identity = np.arange(facts.intermediate_size)
+    orders = {}
+    for i, given in enumerate(permutation):
+        order = np.asarray(given)
+        if order.shape != identity.shape or not np.array_equal(np.sort(order), identity):
+            raise CheckpointError(f"the permutation of layer {i} does not name each neuron once")
+        orders[order_role(i)] = order.astype("<i4")
+    return orders
+
+
+def _codec(source: Checkpoint, name: str, quant: str | None) -> str:
+    """Codec of a tensor: vectors are f32; matrices as asked, or as they are."""
+    info = source.tensors[name]
+    if info.dtype not in CODECS:
+        raise CheckpointError(
+            f"tensor {name} is {info.dtype}; F32, F16 and BF16 can be packed: convert the checkpoint to one of them"
+        )
+    return "f32" if len(info.shape) == 1 else quant or info.dtype
+
+
+def _dense_tensors(
+    source: Checkpoint, match: Match, options: PackOptions, orders: dict[str, Order], bundled: set[str]
+) -> list[DenseTensor]:
+    """In the order a token uses them: the permutation comes last of its layer."""
+    tensors = []
+    after = {ffn_role(i, "down.bias"): order_role(i) for i in range(match.facts.num_layers)}
+    for role, shape in role_shapes(match.facts).items():
+        name = match.sources.get(role)
+        if name is not None and role not in bundled:
+            tensors.append(DenseTensor(role, _codec(source, name, options.quant), shape, name))
+        order = after.get(role)
+        if order in orders:
+            tensors.append(DenseTensor(order, "i32", orders[order].shape, ""))
+    return tensors
+
+
+def _plan_layers(
+    source: Checkpoint, match: Match, options: PackOptions, orders: dict[str, Order]
+) -> tuple[NeuronLayer, ...]:
+    facts = match.facts
+    layers: list[NeuronLayer] = []
+    for i in range(facts.num_layers):
+        biases = {b for b in ("gate.bias", "up.bias") if ffn_role(i, b) in match.sources}
+        parts = []
+        for role in bundle_parts(facts, options.decision, biases):
+            name = match.sources[ffn_role(i, role)]
+            elements = 1 if role.endswith(".bias") else facts.hidden_size
+            parts.append(BundlePart(cast(PartRole, role), _codec(source, name, options.quant), elements, name))
+        placed = place_parts(parts)
+        count = options.bundles_per_record or choose_bundles_per_record(
+            bundle_size(placed),
+            neurons=facts.intermediate_size,
+            alignment=options.alignment,
+            density=ASSUMED_DENSITY if facts.sparse else 1.0,
+        )
+        layers.append(
+            plan_layer(
+                placed,
+                neurons=facts.intermediate_size,
+                decision=options.decision,
+                bundles_per_record=count,
+                alignment=options.alignment,
+                offset=file_size(layers),
+                permutation=order_role(i) if order_role(i) in orders else None,
+            )
+        )
+    return tuple(layers)
+
+
+def _draft_file(stem: str, suffix: str, size: int) -> FileEntry:
+    return FileEntry(f"{stem}{NO_HASH[:16]}{suffix}", size, NO_HASH)

@@ -1,0 +1,112 @@
+"""Tensors and neuron records as streams of bytes, converted on the way, checked for NaN and infinity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from flashinfer.checkpoint import Checkpoint
+from flashinfer.checkpoint.base import Words
+from flashinfer.config import COPY_CHUNK, PACK_BLOCK
+from flashinfer.errors import CheckpointError
+from flashinfer.quant import codec_named
+from flashinfer.store.manifest import NeuronLayer, PartEntry
+
+Bytes = npt.NDArray[np.uint8]
+
+_EXPONENT = {"f32": 0x7F800000, "f16": 0x7C00, "bf16": 0x7F80}
+"""Bits that are all set in infinities and NaNs, and in nothing else."""
+_PIECE = 1 << 18
+"""Values converted or checked together: small enough to stay in the processor's cache."""
+_STRIP = 16
+"""Rows transposed together; measured: 3 to 5 times faster than all at once."""
+
+
+def tensor_chunks(source: Checkpoint, name: str, codec: str) -> Iterator[memoryview]:
+    """A whole dense tensor, encoded, in pieces of whole rows.
+
+    Raises:
+        CheckpointError: it cannot be read, holds NaN or infinity, or does not fit the codec's range.
+    """
+    info = source.tensors[name]
+    rows, cols = info.matrix
+    step = max(1, COPY_CHUNK // (4 * cols))
+    for start in range(0, rows, step):
+        words = source.read_rows(name, start, min(rows, start + step))
+        yield _encode(words, info.dtype, codec, name).data.cast("B")
+
+
+def layer_chunks(source: Checkpoint, layer: NeuronLayer, order: npt.NDArray[np.int32] | None) -> Iterator[memoryview]:
+    """A layer's records in blocks of about `PACK_BLOCK` bytes; each block is overwritten by the next.
+
+    Raises:
+        CheckpointError: as `tensor_chunks`.
+    """
+    per, width = layer.bundles_per_record, layer.bundle_bytes
+    step = min(layer.records, max(1, PACK_BLOCK // layer.record_bytes))
+    buffer = np.zeros((step, layer.record_bytes), dtype=np.uint8)
+    for part in layer.parts:
+        source.will_need(part.source)
+    for first in range(0, layer.records, step):
+        block = buffer[: min(step, layer.records - first)]
+        start, stop = first * per, min(layer.neurons, (first + len(block)) * per)
+        if stop - start < len(block) * per:
+            block[-1] = 0
+        chosen = slice(start, stop) if order is None else order[start:stop].astype(np.int64)
+        for part in layer.parts:
+            encoded = _part(source, part, chosen)
+            for place in range(per):
+                at = place * width + part.offset
+                rows = encoded[place::per]
+                block[: len(rows), at : at + encoded.shape[1]] = rows
+        yield block.data.cast("B")
+
+
+def _part(source: Checkpoint, part: PartEntry, chosen: slice | npt.NDArray[np.int64]) -> Bytes:
+    """One part of the bundles of the chosen neurons: `[neurons, bytes]`."""
+    name = part.source
+    words: Words
+    if part.role == "down.weight":
+        words = _transposed(source.read_columns(name, chosen))
+    elif part.role.endswith(".bias"):
+        words = source.read_columns(name, chosen).reshape(-1, 1)
+    elif isinstance(chosen, slice):
+        words = source.read_rows(name, chosen.start, chosen.stop)
+    else:
+        words = np.concatenate([source.read_rows(name, int(n), int(n) + 1) for n in chosen])
+    return _encode(words, source.tensors[name].dtype, part.codec, name)
+
+
+def _encode(words: Words, dtype: str, codec: str, name: str) -> Bytes:
+    """`[n, columns]` words of `dtype` -> `[n, bytes]` of `codec`; the same bytes where they are the same type."""
+    step = max(1, _PIECE // words.shape[1])
+    pieces = [words[i : i + step] for i in range(0, len(words), step)]
+    for piece in pieces:
+        _check_finite(piece, dtype, name)
+    if dtype == codec:
+        return words.view(np.uint8)
+    before, after = codec_named(dtype), codec_named(codec)
+    out = np.empty((len(words), after.row_bytes(words.shape[1])), dtype=np.uint8)
+    try:
+        for i, piece in enumerate(pieces):
+            out[i * step : (i + 1) * step] = after.encode(before.decode(piece.view(np.uint8)))
+    except OverflowError as e:
+        raise CheckpointError(f"tensor {name} does not fit {codec}: {e}") from e
+    return out
+
+
+def _check_finite(words: Words, dtype: str, name: str) -> None:
+    mask = words.dtype.type(_EXPONENT[dtype])
+    if words.size and ((words & mask) == mask).any():
+        raise CheckpointError(f"tensor {name} holds NaN or infinity; the checkpoint is damaged: download it again")
+
+
+def _transposed(words: Words) -> Words:
+    """`[rows, columns]` -> contiguous `[columns, rows]`, a few rows at a time: whole cache lines either way."""
+    rows, cols = words.shape
+    out: Words = np.empty((cols, rows), dtype=words.dtype)
+    for r in range(0, rows, _STRIP):
+        out[:, r : r + _STRIP] = words[r : r + _STRIP].T
+    return out

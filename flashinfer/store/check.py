@@ -1,0 +1,157 @@
+"""Every invariant a manifest must hold, checked before a byte of the store is used. Pure."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from typing import TYPE_CHECKING, Protocol
+
+from flashinfer.config import FILE_ALIGNMENT
+from flashinfer.errors import StoreError
+from flashinfer.quant import codec_named
+from flashinfer.store.facts import Facts
+from flashinfer.store.roles import bundle_parts, ffn_role, is_required, order_role, role_shapes
+
+if TYPE_CHECKING:
+    from flashinfer.store.manifest import Manifest, NeuronLayer, PartEntry, TensorEntry
+
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+RESERVED_NAMES = frozenset({"manifest.json", "manifest.json.tmp", "lock"})
+_HASH = re.compile(r"[0-9a-f]{32}")
+
+
+class Need(Protocol):
+    """Raises StoreError saying `what` unless the condition holds."""
+
+    def __call__(self, condition: bool, what: str) -> None:
+        """`condition` must hold."""
+        ...
+
+
+def check_manifest(m: Manifest, where: str) -> None:
+    """Hold every invariant `docs/format.md` states; `where` names the manifest in errors.
+
+    Raises:
+        StoreError: names the first one broken.
+    """
+
+    def need(condition: bool, what: str) -> None:
+        if not condition:
+            raise StoreError(f"{where}: {what}; the store is damaged or hand-edited: pack it again")
+
+    a = m.alignment
+    need(a >= 512 and a & (a - 1) == 0 and a <= FILE_ALIGNMENT, f"alignment {a} is not a power of two in 512..4096")
+    check_facts(m.facts, need)
+    need(len(m.layers) == m.facts.num_layers, f"{len(m.layers)} neuron layers, facts say {m.facts.num_layers}")
+    _check_files(m, need)
+    _check_tensors(m, need)
+    for i, layer in enumerate(m.layers):
+        _check_layer(m, i, layer, need)
+        _check_parts(m, i, layer, need)
+    _check_disjoint(m, need)
+
+
+def check_facts(f: Facts, need: Need) -> None:
+    """Hold what every model's facts must satisfy: positive sizes, heads that divide, a possible rope."""
+    for name in ("vocab_size", "hidden_size", "embed_size", "intermediate_size", "num_layers", "num_heads",
+                 "num_kv_heads", "head_dim", "context_length"):  # fmt: skip
+        need(getattr(f, name) > 0, f"fact {name} is {getattr(f, name)}, a positive number was expected")
+    need(f.num_heads % f.num_kv_heads == 0, f"{f.num_heads} heads do not share {f.num_kv_heads} kv heads evenly")
+    need(f.norm_eps > 0 and f.position_offset >= 0, "fact norm_eps or position_offset is negative")
+    if f.rope is not None:
+        turned = f.rope.rotary_dim
+        need(0 < turned <= f.head_dim and turned % 2 == 0, f"rotary_dim {turned} for heads of {f.head_dim}")
+        need(f.rope.theta > 0 and f.rope.factor > 0, "rope theta and factor must be positive")
+        bands = 0 < f.rope.low_freq_factor < f.rope.high_freq_factor and f.rope.original_context > 0
+        need(f.rope.scaling != "llama3" or bands, "llama3 rope scaling with impossible frequency bands")
+
+
+def _check_files(m: Manifest, need: Need) -> None:
+    names = [f.name for f in m.files()]
+    for f in m.files():
+        need(SAFE_NAME.fullmatch(f.name) is not None, f"file name {f.name[:80]!r} leaves the store's directory")
+        need(f.name not in RESERVED_NAMES, f"file name {f.name!r} is reserved")
+        need(f.bytes >= 0, f"file {f.name} has a negative size")
+        need(_HASH.fullmatch(f.xxh3) is not None, f"file {f.name} has no checksum of 32 hex digits")
+    need(len(set(names)) == len(names), "two entries name the same file")
+    for key in m.text:
+        need(SAFE_NAME.fullmatch(key) is not None, f"text name {key[:80]!r} is not a plain file name")
+    for f in (m.dense, m.neurons):
+        need(f.bytes % FILE_ALIGNMENT == 0, f"{f.name} does not end on a {FILE_ALIGNMENT}-byte boundary")
+
+
+def _check_tensors(m: Manifest, need: Need) -> None:
+    orders = {layer.permutation for layer in m.layers}
+    shapes = role_shapes(m.facts) | {
+        order_role(i): (m.facts.intermediate_size,) for i in range(m.facts.num_layers) if order_role(i) in orders
+    }
+    bundled = {ffn_role(i, p.role) for i, layer in enumerate(m.layers) for p in layer.parts}
+    for role, t in m.tensors.items():
+        need(role in shapes, f"unknown role {role[:80]!r}")
+        need(role not in bundled, f"{role} is both in the dense file and in the bundles")
+        need(t.shape == shapes[role], f"tensor {role} has shape {list(t.shape)}, not {list(shapes[role])}")
+        _check_tensor(m, role, t, need)
+    for role in shapes:
+        present = role in m.tensors or role in bundled
+        need(present or not is_required(role, m.facts), f"tensor {role} is missing")
+
+
+def _check_tensor(m: Manifest, role: str, t: TensorEntry, need: Need) -> None:
+    if role.endswith(".ffn.order"):
+        need(t.codec == "i32", f"tensor {role} has codec {t.codec}, i32 was expected")
+        width = 4 * t.shape[0]
+    else:
+        need(len(t.shape) == 2 or t.codec == "f32", f"vector {role} has codec {t.codec}, f32 was expected")
+        width = codec_named(t.codec).row_bytes(t.shape[-1])
+    expected = width * (t.shape[0] if len(t.shape) == 2 else 1)
+    need(t.bytes == expected, f"tensor {role} has {t.bytes} bytes, its shape needs {expected}")
+    unit = FILE_ALIGNMENT if len(t.shape) == 2 else 64
+    need(t.offset % unit == 0, f"tensor {role} at offset {t.offset} is not aligned to {unit}")
+    need(t.offset >= 0 and t.offset + t.bytes <= m.dense.bytes, f"tensor {role} leaves {m.dense.name}")
+    need(_HASH.fullmatch(t.xxh3) is not None, f"tensor {role} has no checksum of 32 hex digits")
+
+
+def _check_layer(m: Manifest, i: int, n: NeuronLayer, need: Need) -> None:
+    need(n.neurons == m.facts.intermediate_size, f"layer {i} has {n.neurons} neurons, facts say otherwise")
+    need(n.bundles_per_record > 0 and n.bundle_bytes > 0, f"layer {i} has empty records")
+    need(n.record_bytes > 0 and n.record_bytes % m.alignment == 0, f"layer {i}: record size {n.record_bytes}")
+    need(n.record_bytes >= n.bundles_per_record * n.bundle_bytes, f"layer {i}: bundles do not fit their record")
+    need(n.records == -(-n.neurons // n.bundles_per_record), f"layer {i}: {n.records} records for its neurons")
+    need(n.bytes == n.records * n.record_bytes, f"layer {i}: {n.bytes} bytes for {n.records} records")
+    need(n.offset % FILE_ALIGNMENT == 0 and n.offset >= 0, f"layer {i}: offset {n.offset} is not aligned")
+    need(n.offset + n.bytes <= m.neurons.bytes, f"layer {i} leaves {m.neurons.name}")
+    need(_HASH.fullmatch(n.xxh3) is not None, f"layer {i} has no checksum of 32 hex digits")
+    if n.permutation is not None:
+        need(n.permutation == order_role(i), f"layer {i}: permutation {n.permutation[:80]!r} is not its own")
+    end = 0
+    for first, count in n.experts or ():
+        need(first == end and count > 0, f"layer {i}: experts do not follow each other")
+        end = first + count
+    need(n.experts is None or end == n.records, f"layer {i}: experts do not cover its records")
+
+
+def _check_parts(m: Manifest, i: int, n: NeuronLayer, need: Need) -> None:
+    roles = tuple(p.role for p in n.parts)
+    expected = bundle_parts(m.facts, n.decision, {r for r in roles if r.endswith(".bias")})
+    need(roles == expected, f"layer {i}: parts {', '.join(roles)}; {', '.join(expected)} were expected")
+    end = 0
+    for p in n.parts:
+        need(p.offset == end, f"layer {i}: part {p.role} is not where the one before ends")
+        end += _part_bytes(m, i, p, need)
+    need(n.bundle_bytes == end, f"layer {i}: bundle of {n.bundle_bytes} bytes, its parts need {end}")
+
+
+def _part_bytes(m: Manifest, i: int, p: PartEntry, need: Need) -> int:
+    bias = p.role.endswith(".bias")
+    elements = 1 if bias else m.facts.hidden_size
+    need(p.elements == elements, f"layer {i}: part {p.role} of {p.elements} values, {elements} were expected")
+    need(not bias or p.codec == "f32", f"layer {i}: part {p.role} has codec {p.codec}, f32 was expected")
+    return codec_named(p.codec).row_bytes(p.elements)
+
+
+def _check_disjoint(m: Manifest, need: Need) -> None:
+    tensors = sorted((t.offset, t.offset + t.bytes, role) for role, t in m.tensors.items())
+    layers = sorted((n.offset, n.offset + n.bytes, f"layer {i}") for i, n in enumerate(m.layers))
+    for spans in (tensors, layers):
+        for (_, end, first), (start, _, second) in pairwise(spans):
+            need(end <= start, f"{first} and {second} overlap")

@@ -1,0 +1,139 @@
+"""The manifest: the single commit point of a weight store. `docs/format.md` is its specification."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from flashinfer.errors import StoreError
+from flashinfer.store.check import check_manifest
+from flashinfer.store.facts import Facts
+
+FORMAT = "flashinfer-store"
+VERSION = 1
+MANIFEST_NAME = "manifest.json"
+NO_HASH = "0" * 32
+"""Stands in a draft for a checksum that is not known yet; of the same length, so that sizes are exact."""
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Frozen, and an unknown key is an error."""
+
+
+class FileEntry(_Strict, frozen=True):
+    """One immutable file of the store; `xxh3` is the XXH3-128 of its bytes, in hex."""
+
+    name: str
+    bytes: int
+    xxh3: str
+
+
+class TensorEntry(_Strict, frozen=True):
+    """One tensor of the dense file. `offset` counts from the start of the file.
+
+    `source` is the checkpoint's name for it; empty for a permutation, which no checkpoint has.
+    """
+
+    codec: str
+    shape: tuple[int, ...]
+    offset: int
+    bytes: int
+    xxh3: str
+    source: str
+
+
+class PartEntry(_Strict, frozen=True):
+    """One part of a bundle, at `offset` within it: `elements` values of one checkpoint tensor.
+
+    `role` is one of `gate.weight`, `gate.bias`, `up.weight`, `up.bias`, `down.weight`.
+    """
+
+    role: Literal["gate.weight", "gate.bias", "up.weight", "up.bias", "down.weight"]
+    codec: str
+    elements: int
+    offset: int
+    source: str
+
+
+class NeuronLayer(_Strict, frozen=True):
+    """Where one layer's neurons lie in the neuron file, and what a record of it looks like.
+
+    `permutation` names a dense i32 tensor [neurons]: entry p is the original index of the neuron
+    stored at position p; None means the original order. `experts` lists [first record, records]
+    per expert of an MoE layer; None for a dense one.
+    """
+
+    neurons: int
+    decision: Literal["separate", "bundled"]
+    parts: tuple[PartEntry, ...]
+    bundle_bytes: int
+    bundles_per_record: int
+    record_bytes: int
+    records: int
+    offset: int
+    bytes: int
+    xxh3: str
+    permutation: str | None = None
+    experts: tuple[tuple[int, int], ...] | None = None
+
+
+class Manifest(_Strict, frozen=True):
+    """All that is in a store. Tensor names are roles (`layers.0.attn.q.weight`, `head.weight`, ...).
+
+    `text` maps `tokenizer.json`, `tokenizer.model`, `generation_config.json`, `tokenizer_config.json`,
+    ... (the names the checkpoint used) to files; `sections` is for later additions.
+    """
+
+    format: str
+    version: int
+    generator: str
+    alignment: int
+    facts: Facts
+    dense: FileEntry
+    neurons: FileEntry
+    tensors: dict[str, TensorEntry]
+    layers: tuple[NeuronLayer, ...]
+    text: dict[str, FileEntry]
+    sections: dict[str, FileEntry] = {}
+
+    def files(self) -> list[FileEntry]:
+        """Every file the store needs, the manifest aside."""
+        return [self.dense, self.neurons, *self.text.values(), *self.sections.values()]
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, padding of records excluded."""
+        dense = sum(t.bytes for t in self.tensors.values())
+        return dense + sum(layer.neurons * layer.bundle_bytes for layer in self.layers)
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Canonical JSON: two-space indent, keys in declaration order, a newline at the end."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+
+
+def decode_manifest(data: bytes, where: str) -> Manifest:
+    """Parse and check a manifest; `where` names its file in errors.
+
+    Raises:
+        StoreError: not a manifest, of a newer version, an unknown key, or inconsistent.
+    """
+    try:
+        head = msgspec.json.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
+        raise StoreError(f"{where} is not valid JSON ({e}); the store is damaged: pack it again") from e
+    if not isinstance(head, dict) or head.get("format") != FORMAT:
+        raise StoreError(f"{where} is not the manifest of a weight store (format {FORMAT!r} expected)")
+    version = head.get("version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise StoreError(f"{where} has version {version!r}, a positive integer was expected; pack it again")
+    if version > VERSION:
+        raise StoreError(
+            f"{where} has store version {version}; this program reads up to {VERSION}: upgrade flashinfer-offload"
+        )
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
+        raise StoreError(f"{where}: {e}; the store is damaged or hand-edited: pack it again") from e
+    check_manifest(manifest, where)
+    return manifest
