@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from flashinfer import machine
 from flashinfer.backend import Buffer, open_backend
-from flashinfer.config import RunConfig
+from flashinfer.config import Cap, RunConfig
 from flashinfer.errors import CapExceededError, PromptError
 from flashinfer.io import Reader, open_reader
 from flashinfer.ledger import Ledger
@@ -30,6 +30,7 @@ DEFAULT_CONTEXT = 4096
 """Context of a session when nobody says, if the model's own is not smaller."""
 SAFE_SHARE = 0.9
 """Share of the usable memory taken when no cap is given."""
+UNCAPPED = Cap()
 
 
 class Session:
@@ -75,9 +76,8 @@ class Model:
     def open(
         cls,
         path: Path | str,
+        cap: Cap = UNCAPPED,
         *,
-        memory: int | None = None,
-        weight_memory: int | None = None,
         context: int | None = None,
         run: RunConfig | None = None,
         device: str = "cpu",
@@ -85,7 +85,7 @@ class Model:
     ) -> Model:
         """Open a store, resolve the plan and load what stays resident.
 
-        `memory` and `weight_memory` are bytes, at most one of them; with none, what the machine can spare.
+        Without a cap the process may grow to what the machine can spare.
 
         Raises:
             StoreError, StoreReadError, CapTooSmallError, DeviceError, PromptError (context beyond the model's).
@@ -94,8 +94,8 @@ class Model:
         store = open_store(Path(path))
         manifest = store.manifest
         threads = run.threads or (machine.compute_threads() if manifest.weight_bytes() > SMALL_MODEL else 1)
-        if memory is None and weight_memory is None:
-            memory = int(machine.usable_memory() * SAFE_SHARE)
+        if cap == UNCAPPED:
+            cap = Cap(memory=int(machine.usable_memory() * SAFE_SHARE))
         backend = open_backend(device, threads)
         reader = open_reader([store.path_of(manifest.dense), store.path_of(manifest.neurons)], run.io)
         try:
@@ -105,8 +105,7 @@ class Model:
                 alignment=reader.alignment,
                 baseline=machine.resident_bytes(),
                 run=run,
-                memory=memory,
-                weight_memory=weight_memory,
+                cap=cap,
                 mode=mode,
             )
             plan = resolve(manifest, request)
@@ -135,7 +134,8 @@ class Model:
             PromptError: no tokens, a token outside the vocabulary, or more than the context holds.
             StoreReadError: a read failed; nothing was appended.
         """
-        return self._run(session, tokens, every=False)[-1]
+        last: Floats = self._run(session, tokens, every=False)[-1]
+        return last
 
     def logits(self, session: Session, tokens: Sequence[int]) -> Floats:
         """As `step`, with the logits after every token: `[len(tokens), vocab]`."""

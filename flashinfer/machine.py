@@ -41,7 +41,8 @@ def device_bytes_read() -> int | None:
 
 def usable_memory() -> int:
     """Bytes this process may grow to: what is available, and no more than its memory cgroup's limit."""
-    return min(psutil.virtual_memory().available + resident_bytes(), _cgroup_limit())
+    available = int(psutil.virtual_memory().available)
+    return min(available + resident_bytes(), _cgroup_limit())
 
 
 def _cgroup_limit() -> int:
@@ -70,4 +71,4 @@ def _cgroup_limit() -> int:
 
 def compute_threads() -> int:
     """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

@@ -13,6 +13,7 @@ from flashinfer.config import (
     TILE_NEURONS,
     TILE_ROWS,
     TILE_TOKENS,
+    Cap,
     DiskCurve,
     RunConfig,
 )
@@ -72,7 +73,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of the resolver. Exactly one of `memory` and `weight_memory` is a number of bytes.
+    """What is asked of the resolver. Exactly one of the cap's two is a number of bytes.
 
     baseline: resident bytes of the process before any weight is loaded (measured by the caller).
     alignment: the unit of the reader's device.
@@ -83,8 +84,7 @@ class Request:
     alignment: int
     baseline: int
     run: RunConfig
-    memory: int | None = None
-    weight_memory: int | None = None
+    cap: Cap
     mode: Mode = "cached"
 
 
@@ -154,8 +154,8 @@ def _least(m: Manifest, r: Request, *, streams_dense: bool) -> Plan:
     scores = 4 * f.num_heads * TILE_TOKENS * round_up(r.context, TILE_KEYS)
     rope = 0 if f.rope is None else r.context * f.rope.rotary_dim
     return Plan(
-        cap=r.memory if r.memory is not None else r.weight_memory or 0,
-        cap_kind="memory" if r.memory is not None else "weight-memory",
+        cap=r.cap.memory if r.cap.memory is not None else r.cap.weight_memory or 0,
+        cap_kind="memory" if r.cap.memory is not None else "weight-memory",
         context=r.context,
         weight_vectors=vectors,
         weight_resident=0,

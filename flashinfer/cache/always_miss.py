@@ -36,7 +36,3 @@ class AlwaysMiss:
         if records.size:
             raise ValueError(f"{len(records)} records do not fit 0 free slots")
         return EMPTY
-
-    def forget(self, records: Index) -> Change:
-        """Nothing is resident, so nothing changes."""
-        return Change(EMPTY, EMPTY, EMPTY, EMPTY, EMPTY)

@@ -32,7 +32,7 @@ UNBEATABLE = 2**62
 class Heat:
     """Scores of all records, and the candidates for eviction among them.
 
-    `stamp[r]` says when record r was last used (any increasing clock of the owner); a candidate whose record
+    `stamp[r]` says when record r was last used (the owner counts tokens); a candidate whose record
     has another stamp now was used again, and is skipped. Costs grow with the records named, not with all.
     """
 
@@ -43,10 +43,10 @@ class Heat:
         self._order: list[int] = []
         self._entries = 0
 
-    def use(self, records: Index, stamp: int, token: int) -> None:
-        """Count one use of each record at this token."""
+    def use(self, records: Index, stamp: int) -> None:
+        """Count one use of each record by the token with this stamp."""
         self.stamp[records] = stamp
-        self.score[records] = np.logaddexp2(self.score[records], np.float32(token / HALF_LIFE))
+        self.score[records] = np.logaddexp2(self.score[records], np.float32(stamp / HALF_LIFE))
 
     def pile(self, records: Index) -> Index:
         """The pile each record belongs to: a higher one is more used."""

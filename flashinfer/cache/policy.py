@@ -57,8 +57,8 @@ class Policy(Protocol):
         needed: sorted distinct records the step will use. recent: for a chunk of several tokens, the sorted
         record sets of its last tokens, oldest first (at most the window's length is looked at; each a subset
         of `needed`); empty means one token whose set is `needed`. The arrays are kept, not copied.
-        Mutates the bookkeeping as if the inserts were already done. The caller must `forget` the
-        inserted records whose bytes did not arrive.
+        Mutates the bookkeeping as if the inserts were already done: a caller whose reads then fail must start
+        over with a new policy.
         """
         ...
 
@@ -67,10 +67,6 @@ class Policy(Protocol):
 
         They are distinct, none is resident, and they are at most the free slots: ValueError otherwise.
         """
-        ...
-
-    def forget(self, records: Index) -> Change:
-        """Drop these records (those that are resident), by swap-delete; the result holds only moves."""
         ...
 
     @property

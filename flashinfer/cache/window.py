@@ -113,15 +113,9 @@ class WindowCache:
         if len(records) > self._map.free or bool((self.slot_of[records] >= 0).any()):
             raise ValueError(f"{len(records)} records do not fit {self._map.free} free slots, or some are resident")
         self._clock += 1
-        self._heat.use(records, self._clock, self._clock)
+        self._heat.use(records, self._clock)
         self._heat.offer(records, self._clock)
         return self._map.replace(EMPTY, records)[0]
-
-    def forget(self, records: Index) -> Change:
-        """As `Policy.forget`."""
-        resident = records[self.slot_of[records] >= 0]
-        _, move_from, move_to = self._map.replace(resident, EMPTY)
-        return Change(EMPTY, EMPTY, EMPTY, move_from, move_to)
 
     def _use(self, needed: Index, recent: Sequence[Index]) -> list[_Token]:
         """Stamp and count the uses; returns the tokens to add to the window, oldest first.
@@ -132,7 +126,7 @@ class WindowCache:
         stamped = []
         for active in sets:
             self._clock += 1
-            self._heat.use(active, self._clock, self._clock)
+            self._heat.use(active, self._clock)
             stamped.append((self._clock, active))
         if len(sets) > 1:
             stamp, _ = stamped[0]

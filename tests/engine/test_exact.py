@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from flashinfer import pack
 from flashinfer.backend import torch_backend
-from flashinfer.config import CacheConfig, IoConfig, RunConfig
+from flashinfer.config import CacheConfig, Cap, IoConfig, RunConfig
 from flashinfer.engine import Model
 from flashinfer.errors import CapTooSmallError
 from tests.checkpoints import make_llama, make_opt
@@ -86,14 +86,14 @@ def test_bit_for_bit(
     )
     store = m.stores[packing]
     try:
-        Model.open(store, weight_memory=1, context=CONTEXT, run=run, mode=mode)
+        Model.open(store, Cap(weight_memory=1), context=CONTEXT, run=run, mode=mode)
         raise AssertionError("a cap of one byte was accepted")
     except CapTooSmallError as e:
         floor = e.floor
-    with Model.open(store, weight_memory=10**9, context=CONTEXT, run=run, mode=mode) as model:
+    with Model.open(store, Cap(weight_memory=10**9), context=CONTEXT, run=run, mode=mode) as model:
         everything = model.plan.weight_total
     cap = max(floor, int(floor + share * (everything - floor)))
-    with Model.open(store, weight_memory=cap, context=CONTEXT, run=run, mode=mode) as model:
+    with Model.open(store, Cap(weight_memory=cap), context=CONTEXT, run=run, mode=mode) as model:
         session = model.session()
         assert model.plan.total <= cap
         assert np.array_equal(model.logits(session, PROMPT), expected[0])
@@ -104,7 +104,7 @@ def test_bit_for_bit(
 def test_naive_agrees(made) -> None:
     m = made["llama", "float16"]
     expected = twin_logits(m.checkpoint, m.stores[0, 1])
-    with Model.open(m.stores[0, 5], weight_memory=10**9, context=CONTEXT, mode="naive") as model:
+    with Model.open(m.stores[0, 5], Cap(weight_memory=10**9), context=CONTEXT, mode="naive") as model:
         session = model.session()
         assert np.abs(model.logits(session, PROMPT) - expected[0]).max() <= 1e-5
         before = model.ledger.decode.bytes_read

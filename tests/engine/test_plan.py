@@ -8,25 +8,27 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flashinfer.config import IoConfig, RunConfig
+from flashinfer.config import Cap, IoConfig, RunConfig
 from flashinfer.errors import CapTooSmallError
 from flashinfer.memory import Plan, Request, resolve
 from flashinfer.store import open_store
 
-BASE = Request(context=64, threads=1, alignment=512, baseline=50_000_000, run=RunConfig())
+BASE = Request(context=64, threads=1, alignment=512, baseline=50_000_000, run=RunConfig(), cap=Cap(weight_memory=1))
 
 
 def floor_of(manifest, request: Request) -> int:
-    one_byte = replace(request, **({"memory": 1} if request.memory is not None else {"weight_memory": 1}))
+    one_byte = Cap(memory=1) if request.cap.memory is not None else Cap(weight_memory=1)
     with pytest.raises(CapTooSmallError) as e:
-        resolve(manifest, one_byte)
+        resolve(manifest, replace(request, cap=one_byte))
     return e.value.floor
 
 
 def check(plan: Plan, manifest) -> None:
     assert plan.total <= plan.cap
     assert all(0 <= s <= layer.records for s, layer in zip(plan.slots, manifest.layers, strict=True))
-    assert sum(s * layer.record_bytes for s, layer in zip(plan.slots, manifest.layers, strict=True)) <= plan.weight_slots
+    assert (
+        sum(s * layer.record_bytes for s, layer in zip(plan.slots, manifest.layers, strict=True)) <= plan.weight_slots
+    )
     assert sum(manifest.tensors[r].bytes for r in plan.resident) <= plan.weight_resident
 
 
@@ -43,16 +45,16 @@ def check(plan: Plan, manifest) -> None:
 def test_sums_to_at_most_the_cap(packed, variant, kind, above, alignment, threads, objective, mode) -> None:
     manifest = open_store(packed(variant).store).manifest
     run = RunConfig(io=IoConfig(objective=objective))
-    request = replace(BASE, alignment=alignment, threads=threads, run=run, mode=mode, **{kind: 1})
+    request = replace(BASE, alignment=alignment, threads=threads, run=run, mode=mode, cap=Cap(**{kind: 1}))
     floor = floor_of(manifest, request)
-    check(resolve(manifest, replace(request, **{kind: floor + above})), manifest)
+    check(resolve(manifest, replace(request, cap=Cap(**{kind: floor + above}))), manifest)
     with pytest.raises(CapTooSmallError, match=f"{floor} bytes"):
-        resolve(manifest, replace(request, **{kind: floor - 1}))
+        resolve(manifest, replace(request, cap=Cap(**{kind: floor - 1})))
 
 
 def test_a_generous_cap_keeps_everything(packed) -> None:
     manifest = open_store(packed("llama").store).manifest
-    plan = resolve(manifest, replace(BASE, weight_memory=10**9))
+    plan = resolve(manifest, replace(BASE, cap=Cap(weight_memory=10**9)))
     assert plan.resident == {name for name, t in manifest.tensors.items() if len(t.shape) == 2}
     assert plan.slots == tuple(layer.records for layer in manifest.layers)
     assert plan.dense_staging == 0
@@ -60,12 +62,12 @@ def test_a_generous_cap_keeps_everything(packed) -> None:
 
 def test_the_memory_cap_counts_the_rest_too(packed) -> None:
     manifest = open_store(packed("llama").store).manifest
-    weights = floor_of(manifest, replace(BASE, weight_memory=1))
-    process = floor_of(manifest, replace(BASE, memory=1))
+    weights = floor_of(manifest, replace(BASE, cap=Cap(weight_memory=1)))
+    process = floor_of(manifest, replace(BASE, cap=Cap(memory=1)))
     assert process > weights + BASE.baseline
 
 
 def test_a_long_context_is_named_as_the_reason(packed) -> None:
     manifest = open_store(packed("llama").store).manifest
     with pytest.raises(CapTooSmallError, match="--context"):
-        resolve(manifest, replace(BASE, context=200_000, baseline=0, memory=1))
+        resolve(manifest, replace(BASE, context=200_000, baseline=0, cap=Cap(memory=1)))

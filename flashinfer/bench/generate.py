@@ -1,0 +1,132 @@
+"""Decoding measured mode against mode, interleaved: streamed with a cache, always-miss, naive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from flashinfer import machine
+from flashinfer.config import Cap, IoObjective, RunConfig
+from flashinfer.engine import Model
+from flashinfer.memory import Mode
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one row of the comparison runs."""
+
+    mode: Mode
+    objective: IoObjective
+
+
+COMPARISON = (
+    Setting("cached", "bytes"),
+    Setting("cached", "time"),
+    Setting("always-miss", "bytes"),
+    Setting("always-miss", "time"),
+    Setting("naive", "time"),
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One run of one setting over the same tokens; bytes and milliseconds are per decoded token.
+
+    device_bytes: what the kernel says it fetched for this process (None where it does not say).
+    """
+
+    mode: Mode
+    objective: IoObjective
+    weights_in_memory: int
+    bytes_read: float
+    device_bytes: float | None
+    reads: float
+    useful_share: float
+    hit_rate: float
+    effective_window: int
+    tokens_per_second: float
+    io_wait_ms: float
+    management_ms: float
+    compute_ms: float
+    first_token_s: float
+
+
+def continue_greedily(model: Model, prompt: Sequence[int], count: int) -> list[int]:
+    """`count` greedy tokens after the prompt: the script every setting replays."""
+    session = model.session()
+    logits, out = model.step(session, prompt), []
+    for _ in range(count):
+        out.append(int(np.argmax(logits)))
+        logits = model.step(session, out[-1:])
+    return out
+
+
+def run_setting(
+    store: Path, setting: Setting, prompt: Sequence[int], script: Sequence[int], run: RunConfig, cap: Cap
+) -> Sample:
+    """Open the store, process the prompt, replay the script token by token."""
+    run = replace(run, io=replace(run.io, objective=setting.objective))
+    context = len(prompt) + len(script)
+    with Model.open(store, cap, run=run, mode=setting.mode, context=context) as model:
+        session = model.session()
+        model.step(session, prompt)
+        before = machine.device_bytes_read()
+        for token in script:
+            model.step(session, [token])
+        after = machine.device_bytes_read()
+        account, n = model.ledger.decode, len(script)
+        return Sample(
+            mode=setting.mode,
+            objective=setting.objective,
+            weights_in_memory=model.plan.weight_total,
+            bytes_read=account.bytes_per_token,
+            device_bytes=None if before is None or after is None else (after - before) / n,
+            reads=account.reads / n,
+            useful_share=account.useful_bytes / max(1, account.bytes_read),
+            hit_rate=account.hit_rate,
+            effective_window=model.effective_window,
+            tokens_per_second=account.tokens_per_second,
+            io_wait_ms=1e3 * account.io_wait / n,
+            management_ms=1e3 * account.management / n,
+            compute_ms=1e3 * account.compute / n,
+            first_token_s=model.ledger.load.seconds + model.ledger.prefill.seconds,
+        )
+
+
+def compare(
+    store: Path,
+    prompt: Sequence[int],
+    *,
+    tokens: int,
+    rounds: int,
+    run: RunConfig,
+    cap: Cap,
+    settings: Sequence[Setting] = COMPARISON,
+    on_sample: Callable[[Sample], None] = lambda _: None,
+) -> list[list[Sample]]:
+    """`rounds` samples of every setting, interleaved (all settings in each round). One list per setting."""
+    context = len(prompt) + tokens
+    with Model.open(store, cap, run=run, context=context) as model:
+        script = continue_greedily(model, prompt, tokens)
+    samples: list[list[Sample]] = [[] for _ in settings]
+    for _ in range(rounds):
+        for kept, setting in zip(samples, settings, strict=True):
+            kept.append(run_setting(store, setting, prompt, script, run, cap))
+            on_sample(kept[-1])
+    return samples
+
+
+def summary(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Medians of the numbers, and the spread of the speed."""
+    first = asdict(samples[0])
+    middle = {
+        name: median(getattr(s, name) for s in samples) if isinstance(value, (int, float)) else value
+        for name, value in first.items()
+    }
+    speeds = [s.tokens_per_second for s in samples]
+    return middle | {"rounds": len(samples), "tokens_per_second_range": [min(speeds), max(speeds)]}
