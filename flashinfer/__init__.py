@@ -6,6 +6,8 @@ Names are imported on first use, so that `import flashinfer` costs nothing.
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -25,6 +27,17 @@ _HOME = {
     "pack": "flashinfer.pack",
 }
 __all__ = ["FlashInferError", "Plan", "TextModel", "load", "pack"]
+
+
+class _Door(ModuleType):
+    """Keeps `flashinfer.pack` the function: importing the subpackage of that name would put itself in its place."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Door
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,49 @@
+# make demo | test | check | clean. Everything is installed into .venv; nothing has to be done by hand.
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+
+# python3 where it is new enough, else a newer one beside it; `make PYTHON=...` overrides.
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	"$$p" -c '$(NEW_ENOUGH)' 2>/dev/null && echo "$$p" && break; done)
+
+.PHONY: demo test lint wheel check clean
+
+demo: $(VENV)/.installed-run
+	@$(VENV)/bin/flashinfer demo
+
+test: $(VENV)/.installed-test
+	$(RUN) -m pytest
+
+check: lint wheel test
+
+lint: $(VENV)/.installed-check
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports --no-cache
+
+wheel: $(VENV)/.installed-check
+	rm -rf dist
+	$(RUN) -m build --wheel --no-isolation
+	$(RUN) -m zipfile --list dist/*.whl | grep flashinfer/_layouts/llama.toml
+
+clean:
+	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed-run: EXTRAS :=
+$(VENV)/.installed-test: EXTRAS := [test]
+$(VENV)/.installed-check: EXTRAS := [test,check]
+$(VENV)/.installed-%: pyproject.toml | $(RUN)
+	@echo "installing into $(VENV) (once; again when pyproject.toml changes)"
+	$(PIP) --editable '.$(EXTRAS)'
+	@touch $@
+
+$(RUN):
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed and none was found;" \
+		"install one, or say which: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c '$(NEW_ENOUGH)' || { echo "error: $(PYTHON) is not Python 3.11 or newer" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)

@@ -1,0 +1,7 @@
+"""`python -m flashinfer`: the command line."""
+
+import sys
+
+from flashinfer._entry import main
+
+sys.exit(main())

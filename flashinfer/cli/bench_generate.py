@@ -1,0 +1,84 @@
+"""`flashinfer bench generate`: decoding with a cache, always-miss and naive, interleaved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
+
+PROMPT = "Once upon a time, in a village by the sea, there lived an old clock maker who"
+
+
+def command(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="Weight store, as written by `flashinfer pack`.")],
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Cap on the whole process.")] = None,
+    weight_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Instead: cap on weights.")] = None,
+    prompt: Annotated[str, typer.Option("-p", "--prompt", help="The text to continue.")] = PROMPT,
+    tokens: Annotated[int, typer.Option("-n", min=1, help="Tokens to decode in each run.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Decode the same tokens in every mode, in turn, and print medians.
+
+    Every run opens the store anew, so nothing is cached from the run before; reads bypass the page cache.
+    """
+    from rich.console import Console
+
+    from flashinfer.bench.generate import compare, summary
+    from flashinfer.cli.options import parse_cap
+    from flashinfer.config import RunConfig
+    from flashinfer.store import open_store
+    from flashinfer.text import load_tokenizer
+
+    cap = parse_cap(memory, weight_memory)
+    opened = open_store(store)
+    tokenizer = load_tokenizer({name: opened.path_of(entry) for name, entry in opened.manifest.text.items()})
+    with Console(stderr=True, highlight=False).status("writing the tokens every mode replays") as status:
+        samples = compare(
+            store, tokenizer.encode(prompt), tokens=tokens, rounds=rounds, run=RunConfig(), cap=cap,
+            on_sample=lambda s: status.update(f"{s.mode}, {s.objective}: {s.tokens_per_second:.2f} tokens/s"),
+        )  # fmt: skip
+    rows = [summary(s) for s in samples]
+    if as_json:
+        report = {"schema_version": 1, "command": "bench generate", "tokens": tokens, "rounds": rounds, "rows": rows}
+        print(json.dumps(report | {"samples": [[vars(s) for s in runs] for runs in samples]}))
+        return
+    out = Console(highlight=False, soft_wrap=True)
+    out.print(comparison_table(rows, f"{tokens} tokens, {rounds} rounds, medians per token"))
+    out.print(kernel_check(rows))
+
+
+def comparison_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
+    """One row per setting of `bench.generate.summary`."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from flashinfer.units import format_size
+
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title_justify="left")
+    for name in ("mode", "objective"):
+        table.add_column(name, no_wrap=True)
+    for name in ("DRAM", "read/token", "hits", "I/O ms", "mgmt ms", "CPU ms", "tokens/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for r in rows:
+        times = (f"{r[name]:.1f}" for name in ("io_wait_ms", "management_ms", "compute_ms", "tokens_per_second"))
+        sizes = (format_size(r[name]) for name in ("weights_in_memory", "bytes_read"))
+        table.add_row(r["mode"], r["objective"], *sizes, f"{100 * r['hit_rate']:.0f} %", *times)
+    return table
+
+
+def kernel_check(rows: Sequence[dict[str, Any]]) -> str:
+    """One line: whether the kernel counted as many bytes from the device as the ledger."""
+    counted = [(r["device_bytes"], r["bytes_read"]) for r in rows if r["device_bytes"] is not None and r["bytes_read"]]
+    if not counted:
+        return "this system does not count the bytes read from the device: a cache may have answered"
+    furthest = max((device / ours for device, ours in counted), key=lambda ratio: abs(ratio - 1))
+    return f"the kernel counted {100 * furthest:.1f} % of these bytes as read from the device, in the row furthest off"

@@ -1,0 +1,180 @@
+"""`flashinfer generate`: continue a prompt under a memory cap."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flashinfer.cli.options import LogLevelOption, parse_cap, set_log_level, usage_errors
+from flashinfer.config import DEFAULT_NEW_TOKENS, CacheConfig, IoConfig, RunConfig
+from flashinfer.errors import PromptError
+from flashinfer.units import format_size
+
+if TYPE_CHECKING:
+    from flashinfer.generate import Generation, Stream, TextModel
+
+SCHEMA_VERSION = 1
+"""Of the object `--json` prints."""
+
+
+class Objective(StrEnum):
+    """What the planner minimises."""
+
+    TIME = "time"
+    BYTES = "bytes"
+
+
+class Device(StrEnum):
+    """Where arithmetic runs."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+_OBJECTIVE = Objective(IoConfig.objective)
+
+
+def command(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="Weight store, as written by `flashinfer pack`.")],
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="The text to continue.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("-f", "--file", help="Read the prompt from FILE (- is stdin); one final newline is dropped."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("-n", "--max-new-tokens", min=1, help="Most tokens to generate.")
+    ] = DEFAULT_NEW_TOKENS,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Cap on the whole process, e.g. 4GiB. (without a cap: what is free)"),
+    ] = None,
+    weight_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Instead: cap on memory that holds weights.")
+    ] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and continuation together.")] = None,
+    window: Annotated[
+        int, typer.Option(min=0, help="Tokens whose neurons the cache tries to keep.")
+    ] = CacheConfig.window,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the K most probable tokens; 0 is off.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw among the most probable tokens that sum to P.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Draw among tokens at least P times as probable as the best.")
+    ] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 avoids tokens seen before.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
+    io_objective: Annotated[Objective, typer.Option(help="time: fastest; bytes: fewest bytes read.")] = _OBJECTIVE,
+    threads: Annotated[int, typer.Option(min=0, help="Compute threads; 0 is all cores.")] = RunConfig.threads,
+    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.CPU,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of text.")] = False,
+    log_level: LogLevelOption = None,
+) -> None:
+    """Continue a prompt under a memory cap; the text goes to stdout, a summary to stderr.
+
+    The prompt comes from -p, -f or stdin. Sampling options not given come from the checkpoint's
+    generation_config.json; naming --temperature, --top-k, --top-p or --min-p asks for sampling.
+    """
+    set_log_level(log_level)
+    sampling: dict[str, Any] = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "seed": seed,
+    }  # fmt: skip
+    stops = stop or []
+    _check_options(sampling, stops)
+    cap = parse_cap(memory, weight_memory)
+    text = read_prompt(prompt, file)
+    from flashinfer.generate import load
+
+    with load(
+        store, memory=cap.memory, weight_memory=cap.weight_memory, context=context, window=window,
+        io_objective=io_objective.value, threads=threads, device=device.value,
+    ) as model:  # fmt: skip
+        stream = model.stream(text, max_new_tokens=max_new_tokens, stop=stops, **sampling)
+        result = _drain(stream) if as_json else _print_pieces(stream)
+        if as_json:
+            print(json.dumps(_report(model, result), ensure_ascii=False))
+        print(summary(model, result), file=sys.stderr)
+        model.check_cap()
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt from the one source that was named, or from stdin.
+
+    Raises:
+        typer.BadParameter: two sources, or none.
+        PromptError: it is empty, or not UTF-8.
+        OSError: the file cannot be read.
+    """
+    if prompt is not None and file is not None:
+        raise typer.BadParameter("give -p or -f, not both")
+    if prompt is None:
+        if file is None and sys.stdin.isatty():
+            raise typer.BadParameter("there is no prompt: give -p TEXT, -f FILE, or text on stdin")
+        piped = file is None or str(file) == "-"
+        data = sys.stdin.buffer.read() if file is None or piped else file.read_bytes()
+        try:
+            prompt = data.decode("utf-8")
+        except UnicodeDecodeError as e:
+            raise PromptError(f"the prompt in {'stdin' if piped else file} is not UTF-8 (byte {e.start})") from e
+        prompt = prompt.removesuffix("\n").removesuffix("\r")
+    if not prompt:
+        raise PromptError("the prompt is empty; give at least one word to continue")
+    return prompt
+
+
+def summary(model: TextModel, result: Generation) -> str:
+    """One line: speed, bytes read per token, hit rate and peak memory of a run."""
+    from flashinfer.machine import peak_resident_bytes
+
+    t, decode = result.timings, model.ledger.decode
+    parts = [
+        f"{len(result.tokens)} tokens ({result.finish_reason})",
+        f"first after {t.first_token:.2f} s, then {t.decode_tokens_per_second:.1f} tokens/s",
+        f"{format_size(decode.bytes_per_token)} read per token",
+        f"hit rate {decode.hit_rate:.1%}",
+        f"peak memory {format_size(peak_resident_bytes())}",
+    ]
+    return ", ".join(parts)
+
+
+def _check_options(sampling: dict[str, Any], stops: list[str]) -> None:
+    from flashinfer.generate import Sampler, StopStrings
+    from flashinfer.text import GenerationDefaults
+
+    with usage_errors():
+        Sampler(GenerationDefaults().sampling(**sampling))
+        StopStrings(stops)
+
+
+def _drain(stream: Stream) -> Generation:
+    for _ in stream:
+        pass
+    return stream.result
+
+
+def _print_pieces(stream: Stream) -> Generation:
+    for piece in stream:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    print()
+    return stream.result
+
+
+def _report(model: TextModel, result: Generation) -> dict[str, Any]:
+    from flashinfer.machine import peak_resident_bytes
+
+    return {
+        "schema_version": SCHEMA_VERSION,
+        **asdict(result),
+        "ledger": model.ledger.to_json(),
+        "plan": model.plan.to_json(),
+        "effective_window": model.effective_window,
+        "peak_memory": peak_resident_bytes(),
+    }

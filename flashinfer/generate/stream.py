@@ -1,0 +1,161 @@
+"""One generation: the loop from prompt to last token, as a stream of text pieces."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from flashinfer.errors import FlashInferError
+from flashinfer.generate.sampler import Floats, Sampler
+from flashinfer.generate.stop import StopStrings
+from flashinfer.text import Detokenizer, Tokenizer
+
+FinishReason = Literal["stop", "eos", "length", "context", "cancelled"]
+
+
+class StepEngine(Protocol):
+    """What a generation needs of the engine (`flashinfer.engine.Model`)."""
+
+    def session(self, capacity: int) -> Any:
+        """A new, empty session for `capacity` tokens; it has `close()`."""
+
+    def step(self, session: Any, tokens: list[int]) -> Floats:
+        """Append `tokens` to the session; logits [vocab] after the last of them."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds the model worked; time spent by who reads the stream is not in it.
+
+    first_token: from the start to the first token, that is, the prompt.
+    decode: all tokens after the first.
+    """
+
+    first_token: float
+    decode: float
+    decode_tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The result. `tokens` are the generated ids (with the EOS, if it came), `prompt_tokens` those before.
+
+    finish_reason: `stop` (a stop string), `eos`, `length` (as many tokens as asked), `context` (no room
+    for more) or `cancelled` (the stream was not read to its end).
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    prompt_tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be generated. `room` is the most tokens the context still takes."""
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    room: int
+    eos_ids: frozenset[int]
+    stops: tuple[str, ...]
+    sampler: Sampler
+
+
+@dataclass
+class _Record:
+    """What has been generated so far; shared by a stream and its loop."""
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    first_token: float = 0.0
+    decode: float = 0.0
+
+
+class Stream(Iterator[str]):
+    """Text pieces, each as soon as it is certain. Stop reading at any time; the model stays usable.
+
+    `result` says what has been generated so far.
+    """
+
+    def __init__(self, engine: StepEngine, tokenizer: Tokenizer, job: Job) -> None:
+        self._job, self._record = job, _Record()
+        self._pieces = _pieces(engine, tokenizer, job, self._record)
+        self._superseded = False
+
+    def __next__(self) -> str:
+        """The next piece.
+
+        Raises:
+            FlashInferError: the model was closed or has begun another generation in the meantime.
+        """
+        if self._superseded and self._record.finish_reason is None:
+            raise FlashInferError("this stream is over: its model was closed or began another generation")
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Give up what is not generated yet, and the session. Idempotent."""
+        self._pieces.close()
+
+    def supersede(self) -> None:
+        """`close`, and make reading on an error rather than an end."""
+        self._superseded = True
+        self.close()
+
+    @property
+    def result(self) -> Generation:
+        """What has been generated so far; `cancelled` unless the stream was read to its end."""
+        r = self._record
+        further = max(0, len(r.tokens) - 1)
+        rate = further / r.decode if r.decode else 0.0
+        timings = Timings(r.first_token, r.decode, rate)
+        return Generation(r.text, tuple(r.tokens), self._job.prompt, r.finish_reason or "cancelled", timings)
+
+
+def _pieces(engine: StepEngine, tokenizer: Tokenizer, job: Job, record: _Record) -> Generator[str, None, None]:
+    """The loop. Not a method of `Stream`, so that a stream nobody holds any more is closed at once."""
+    text, stops = Detokenizer(tokenizer, after=job.prompt), StopStrings(job.stops)
+    session = engine.session(len(job.prompt) + min(job.max_new_tokens, job.room))
+    try:
+        feed: Sequence[int] = job.prompt
+        while record.finish_reason is None:
+            token = _next_token(engine, session, feed, job, record)
+            feed = (token,)
+            piece = "" if token in job.eos_ids else stops.push(text.push(token))
+            reason = _finish(token, stops, job, len(record.tokens))
+            if reason is not None:
+                piece += stops.push(text.flush()) + stops.flush()
+            record.text += piece
+            record.finish_reason = reason
+            if piece:
+                yield piece
+    finally:
+        session.close()
+
+
+def _next_token(engine: StepEngine, session: Any, feed: Sequence[int], job: Job, record: _Record) -> int:
+    started = time.perf_counter()
+    logits = engine.step(session, list(feed))
+    token = job.sampler.sample(logits, (*job.prompt, *record.tokens))
+    seconds = time.perf_counter() - started
+    if record.tokens:
+        record.decode += seconds
+    else:
+        record.first_token = seconds
+    record.tokens.append(token)
+    return token
+
+
+def _finish(token: int, stops: StopStrings, job: Job, generated: int) -> FinishReason | None:
+    """Why `token` is the last one, or None."""
+    if token in job.eos_ids:
+        return "eos"
+    if stops.stopped:
+        return "stop"
+    if generated >= job.max_new_tokens:
+        return "length"
+    return "context" if generated >= job.room else None

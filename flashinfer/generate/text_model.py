@@ -1,0 +1,226 @@
+"""A loaded model that reads and writes text."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from flashinfer.config import DEFAULT_NEW_TOKENS, SamplingConfig
+from flashinfer.errors import FlashInferError, PromptError, StoreError
+from flashinfer.generate.sampler import Floats, Sampler, check_sampling
+from flashinfer.generate.stop import StopStrings
+from flashinfer.generate.stream import Generation, Job, StepEngine, Stream
+from flashinfer.ledger import Ledger
+from flashinfer.memory import Plan
+from flashinfer.store import Facts
+from flashinfer.text import GenerationDefaults, Tokenizer
+
+
+class Engine(StepEngine, Protocol):
+    """What a `TextModel` stands on (`flashinfer.engine.Model`)."""
+
+    @property
+    def facts(self) -> Facts:
+        """Shape of the model."""
+
+    @property
+    def plan(self) -> Plan:
+        """Where the bytes of the cap go."""
+
+    @property
+    def ledger(self) -> Ledger:
+        """Where the time went, all generations together."""
+
+    @property
+    def effective_window(self) -> int:
+        """How many of the last tokens have all their neurons in DRAM."""
+
+    @property
+    def reader_note(self) -> str:
+        """How the store is read, for people."""
+
+    def logits(self, session: Any, tokens: list[int]) -> Floats:
+        """Append `tokens` to the session; logits [tokens, vocab]."""
+
+    def check_cap(self) -> None:
+        """Hold the process's peak memory against the cap. Raises CapExceededError."""
+
+    def close(self) -> None:
+        """Release weights and files."""
+
+
+class TextModel:
+    """A model and its tokenizer; a context manager, not thread-safe.
+
+    One generation at a time: beginning one ends an unfinished stream, whose context memory it needs.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, defaults: GenerationDefaults) -> None:
+        """Raises StoreError where `defaults` holds a value out of range."""
+        try:
+            check_sampling(defaults.sampling(temperature=defaults.temperature))
+        except ValueError as e:
+            raise StoreError(f"generation_config.json: {e}; correct it in the checkpoint, then pack again") from e
+        self._engine, self._defaults = engine, defaults
+        self._stream: weakref.ref[Stream] | None = None
+        self._closed = False
+        self.tokenizer = tokenizer
+
+    @property
+    def plan(self) -> Plan:
+        """Where each byte of the memory cap goes."""
+        return self._engine.plan
+
+    @property
+    def ledger(self) -> Ledger:
+        """Bytes, reads, hits and seconds since the model was loaded."""
+        return self._engine.ledger
+
+    @property
+    def effective_window(self) -> int:
+        """How many of the last tokens have all their neurons in DRAM; at most the window asked for."""
+        return self._engine.effective_window
+
+    @property
+    def reader_note(self) -> str:
+        """How the store is read (direct or through the page cache, alignment), for people."""
+        return self._engine.reader_note
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        stop: Sequence[str] = (),
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+    ) -> Generation:
+        """Generate to the end. Parameters and errors are those of `stream`."""
+        stream = self.stream(
+            prompt, max_new_tokens=max_new_tokens, stop=stop, temperature=temperature, top_k=top_k,
+            top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed,
+        )  # fmt: skip
+        for _ in stream:
+            pass
+        return stream.result
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        stop: Sequence[str] = (),
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+    ) -> Stream:
+        """Generate a continuation of `prompt` (text, or token ids) piece by piece.
+
+        What is None comes from the checkpoint's generation_config.json: greedy unless that says
+        `do_sample`; naming temperature, top_k, top_p or min_p asks for sampling.
+
+        Raises:
+            PromptError: the prompt is empty or leaves no room in the context. At once, as the next:
+            ValueError: a parameter is out of its range.
+            FlashInferError: the model is closed; while reading: what the engine raises.
+        """
+        sampling = self._defaults.sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            repetition_penalty=repetition_penalty, seed=seed,
+        )  # fmt: skip
+        job = self._job(self._prompt_tokens(prompt), max_new_tokens, stop, sampling)
+        self._end_stream()
+        stream = Stream(self._engine, self.tokenizer, job)
+        self._stream = weakref.ref(stream)
+        return stream
+
+    def logits(self, token_ids: Sequence[int]) -> Floats:
+        """Logits after each of `token_ids`: float32 [tokens, vocab].
+
+        Raises:
+            PromptError: there are none, more than the context holds, or one outside the vocabulary.
+        """
+        tokens = self._checked(token_ids)
+        if len(tokens) > self.plan.context:
+            raise PromptError(f"{len(tokens)} tokens are more than the context of {self.plan.context}")
+        self._end_stream()
+        session = self._engine.session(len(tokens))
+        try:
+            return self._engine.logits(session, list(tokens))
+        finally:
+            session.close()
+
+    def check_cap(self) -> None:
+        """Hold this process's real peak memory against a `memory` cap.
+
+        Raises:
+            CapExceededError: it grew beyond the cap (through us, or through what else the process did).
+        """
+        self._engine.check_cap()
+
+    def close(self) -> None:
+        """Release weights and files. Idempotent."""
+        if not self._closed:
+            self._end_stream()
+            self._closed = True
+            self._engine.close()
+
+    def __enter__(self) -> TextModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _job(self, prompt: tuple[int, ...], new: int, stop: Sequence[str], sampling: SamplingConfig) -> Job:
+        if new < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {new}")
+        room = self.plan.context - len(prompt)
+        if room < 1:
+            raise PromptError(self._too_long(len(prompt)))
+        StopStrings(stop)
+        eos = frozenset(self._defaults.eos_ids or self.tokenizer.eos_ids)
+        return Job(prompt, new, room, eos, tuple(stop), Sampler(sampling))
+
+    def _prompt_tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        if not isinstance(prompt, str):
+            return self._checked(prompt)
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as e:
+            raise PromptError(f"the prompt is not valid Unicode text ({e.reason} at {e.start})") from e
+        if not self.tokenizer.encode(prompt, add_bos=False):
+            raise PromptError("the prompt is empty; give at least one word to continue")
+        return self._checked(self.tokenizer.encode(prompt))
+
+    def _checked(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        if self._closed:
+            raise FlashInferError("the model is closed; load it again")
+        if len(tokens) == 0:
+            raise PromptError("the prompt has no tokens; give at least one")
+        vocab = self._engine.facts.vocab_size
+        outside = [t for t in tokens if not 0 <= t < vocab]
+        if outside:
+            raise PromptError(f"token id {outside[0]} lies outside the model's vocabulary of {vocab} tokens")
+        return tuple(map(int, tokens))
+
+    def _too_long(self, tokens: int) -> str:
+        context, longest = self.plan.context, self._engine.facts.context_length
+        advice = f" or raise the context (up to {longest})" if context < longest else ""
+        return (
+            f"the prompt has {tokens} tokens; with one to generate that exceeds the context of {context}: "
+            f"shorten the prompt{advice}"
+        )
+
+    def _end_stream(self) -> None:
+        stream = self._stream() if self._stream is not None else None
+        if stream is not None:
+            stream.supersede()
+        self._stream = None
