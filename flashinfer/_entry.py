@@ -8,8 +8,10 @@ the check whether it is ours cannot live there. It looks without importing: thei
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 
 MARKER = '__distribution__ = "flashinfer-offload"'
 """The line of our `flashinfer/__init__.py` that theirs does not have."""
@@ -26,8 +28,30 @@ def shadowed_by() -> str | None:
     return None if MARKER in source else spec.origin
 
 
+class _Interrupt(KeyboardInterrupt):
+    """Ctrl-C. Python remembers a bare KeyboardInterrupt that passed through `exec` and dies of it in the end."""
+
+
+def _interrupt(signal_number: int, frame: FrameType | None) -> None:
+    raise _Interrupt
+
+
 def main() -> int:
     """The `flashinfer` and `flashinfer-offload` commands: exit status 1 with one line where shadowed."""
+    heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a background job ignores it
+    try:
+        if heeded:
+            signal.signal(signal.SIGINT, _interrupt)
+        return _run()
+    except KeyboardInterrupt:  # before the command line could say so
+        print("flashinfer: interrupted", file=sys.stderr)
+        return 1
+    finally:
+        if heeded:  # the outcome is decided: let nothing disturb the interpreter's exit
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _run() -> int:
     foreign = shadowed_by()
     if foreign is not None:
         print(

@@ -103,25 +103,19 @@ def resolve(manifest: Manifest, request: Request) -> Plan:
     Raises:
         CapTooSmallError: the cap lies below the floor, which the error names.
     """
-    matrices = _all_matrices(manifest)
-    plans = []
     for streams_dense in (False, True):
         least = _least(manifest, request, streams_dense=streams_dense)
-        for plan in (_grow_staging(least, request), least):
-            if plan.total <= plan.cap:
-                spent = _spend(manifest, request, plan)
-                if streams_dense or matrices <= spent.resident:
-                    plans.append(spent)
-    if not plans:
-        raise CapTooSmallError(
-            f"a {least.cap_kind} cap of {format_size(least.cap)} is below the floor of {format_size(least.total)} "
-            f"({least.total} bytes) for this model{_advice(least)}",
-            least.total,
-        )
-    # Larger read buffers are not worth a matrix that is then read again for every token.
-    plan = max(plans, key=lambda p: sum(manifest.tensors[name].bytes for name in p.resident & matrices))
-    assert plan.total <= plan.cap
-    return plan
+        # Small read buffers are slow, but not as slow as reading a matrix again for every token: so they are
+        # tried before giving up on keeping every matrix.
+        for start in (_grow_staging(least, request), least):
+            plan = _spend(manifest, request, start)
+            if plan.total <= plan.cap and (streams_dense or _all_matrices(manifest) <= plan.resident):
+                return plan
+    raise CapTooSmallError(
+        f"a {least.cap_kind} cap of {format_size(least.cap)} is below the floor of {format_size(least.total)} "
+        f"({least.total} bytes) for this model{_advice(least)}",
+        least.total,
+    )
 
 
 def _advice(least: Plan) -> str:

@@ -18,6 +18,7 @@ from flashinfer.units import format_size
 
 if TYPE_CHECKING:
     from flashinfer.generate import Generation, Stream, TextModel
+    from flashinfer.text import Tokenizer
 
 SCHEMA_VERSION = 1
 """Of the object `--json` prints."""
@@ -57,7 +58,10 @@ def command(
     weight_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Instead: cap on memory that holds weights.")
     ] = None,
-    context: Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and continuation together.")] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of prompt and continuation together. (default: what the prompt and -n need)"),
+    ] = None,
     window: Annotated[
         int, typer.Option(min=0, help="Tokens whose neurons the cache tries to keep.")
     ] = CacheConfig.window,
@@ -92,8 +96,11 @@ def command(
     text = read_prompt(prompt, file)
     from flashinfer.generate import load
 
+    def room(tokenizer: Tokenizer) -> int:
+        return len(tokenizer.encode(text)) + max_new_tokens
+
     with load(
-        store, memory=cap.memory, weight_memory=cap.weight_memory, context=context, window=window,
+        store, memory=cap.memory, weight_memory=cap.weight_memory, context=context or room, window=window,
         io_objective=io_objective.value, threads=threads, device=device.value,
     ) as model:  # fmt: skip
         stream = model.stream(text, max_new_tokens=max_new_tokens, stop=stops, **sampling)

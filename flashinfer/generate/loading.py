@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
 from flashinfer.config import CacheConfig, Cap, IoConfig, IoObjective, RunConfig
 from flashinfer.generate.text_model import TextModel
 from flashinfer.store import open_store
-from flashinfer.text import load_generation_defaults, load_tokenizer
+from flashinfer.text import Tokenizer, load_generation_defaults, load_tokenizer
 from flashinfer.units import parse_size
 
 
@@ -17,7 +18,7 @@ def load(
     *,
     memory: int | str | None = None,
     weight_memory: int | str | None = None,
-    context: int | None = None,
+    context: int | Callable[[Tokenizer], int] | None = None,
     window: int = CacheConfig.window,
     io_objective: IoObjective = IoConfig.objective,
     threads: int = RunConfig.threads,
@@ -30,7 +31,8 @@ def load(
         memory: cap on the whole process, in bytes or as text (`"4GiB"`); with neither cap, what the
             machine can spare.
         weight_memory: instead, a cap on every DRAM byte that holds a weight.
-        context: tokens of prompt and continuation together; None is up to 4096, if the model takes them.
+        context: tokens of prompt and continuation together; None is up to 4096, if the model takes them. A
+            function is asked for what it wants room for once the tokenizer is there, up to the model's limit.
         window: tokens whose neurons the cache tries to keep.
         io_objective: `time` (fastest) or `bytes` (fewest bytes read).
         threads: compute threads; 0 means the cores this process may run on.
@@ -45,13 +47,15 @@ def load(
     run = _run_config(window, io_objective, threads)
     if memory is not None and weight_memory is not None:
         raise ValueError("memory and weight_memory exclude each other: give one cap")
-    if context is not None and context < 1:
+    if isinstance(context, int) and context < 1:
         raise ValueError(f"context must be at least 1, not {context}")
     cap = Cap(_size(memory), _size(weight_memory))
     opened = open_store(store)
     files = {name: opened.path_of(entry) for name, entry in opened.manifest.text.items()}
     # before the engine: it measures what the process holds already, and the tokenizer is part of that
     tokenizer, defaults = load_tokenizer(files), load_generation_defaults(files)
+    if callable(context):
+        context = max(1, min(context(tokenizer), opened.manifest.facts.context_length))
 
     from flashinfer.engine import Model
 

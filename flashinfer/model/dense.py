@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from flashinfer.backend import Backend, Buffer
 from flashinfer.config import TILE_ROWS, TILE_TOKENS
-from flashinfer.errors import StoreReadError
+from flashinfer.errors import StoreError, StoreReadError
 from flashinfer.io import AlignedBuffer, Pending, RangePlan, Reader, plan_range
 from flashinfer.ledger import Ledger
 from flashinfer.memory import Plan
@@ -47,11 +48,12 @@ class DenseWeights:
         self, manifest: Manifest, reader: Reader, backend: Backend, plan: Plan, ledger: Ledger, max_extent: int
     ) -> None:
         self._tensors, self._reader, self._backend, self._ledger = manifest.tensors, reader, backend, ledger
+        self._file = manifest.dense.name
         self._max_extent = max_extent
         self._vectors = {
-            n: self._load_vector(t) for n, t in self._tensors.items() if len(t.shape) == 1 and t.codec != "i32"
+            n: self._load_vector(n) for n, t in self._tensors.items() if len(t.shape) == 1 and t.codec != "i32"
         }
-        self._resident = {name: self._load_matrix(self._tensors[name]) for name in sorted(plan.resident)}
+        self._resident = {name: self._load_matrix(name) for name in sorted(plan.resident)}
         self._half = plan.dense_staging
         self._staging = AlignedBuffer(2 * self._half)
         order = sorted((t.offset, n) for n, t in self._tensors.items() if len(t.shape) == 2)
@@ -183,21 +185,30 @@ class DenseWeights:
     def _range(self, start: int, length: int) -> RangePlan:
         return plan_range(start, length, alignment=self._reader.alignment, max_extent=self._max_extent)
 
-    def _read(self, tensor: TensorEntry) -> tuple[AlignedBuffer, Bytes]:
+    def _read(self, role: str) -> tuple[AlignedBuffer, Bytes]:
+        """A whole tensor, checked: what stays for good is worth a pass of the hash over it."""
+        tensor = self._tensors[role]
         plan = self._range(tensor.offset, tensor.bytes)
         buffer = AlignedBuffer(plan.extents.total)
         self._reader.submit(DENSE_FILE, plan.extents, buffer.array).wait()
         self._account(plan.extents.total, len(plan.extents.offsets), tensor.bytes)
-        return buffer, buffer.array[plan.place : plan.place + tensor.bytes]
+        raw = buffer.array[plan.place : plan.place + tensor.bytes]
+        if xxhash.xxh3_128_hexdigest(raw.data) != tensor.xxh3:
+            raise StoreError(
+                f"tensor {role} of {self._file} does not match its checksum; the file is damaged: "
+                "run `flashinfer verify` on the store, then pack it again"
+            )
+        return buffer, raw
 
-    def _load_vector(self, tensor: TensorEntry) -> Buffer:
-        buffer, raw = self._read(tensor)
+    def _load_vector(self, role: str) -> Buffer:
+        buffer, raw = self._read(role)
         with buffer:
             return self._backend.vector(raw.view("<f4").copy())
 
-    def _load_matrix(self, tensor: TensorEntry) -> tuple[AlignedBuffer, Buffer]:
+    def _load_matrix(self, role: str) -> tuple[AlignedBuffer, Buffer]:
         """Read in place: the matrix is a view of the buffer the device wrote to."""
-        buffer, raw = self._read(tensor)
+        tensor = self._tensors[role]
+        buffer, raw = self._read(role)
         return buffer, self._backend.matrix(raw, tensor.codec, *tensor.shape, keep=True)
 
     def _account(self, read: int, reads: int, useful: int) -> None:
