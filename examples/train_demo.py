@@ -21,6 +21,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece as spm
@@ -233,8 +234,22 @@ def export(model: Llama, shape: Shape, work: Path, valid: np.ndarray, tokens_see
         "held_out_loss": loss, "active_share": active, "window": WINDOW,
         "window_overlap": window_overlap(half, valid, 256, 100),
     }  # fmt: skip
-    (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (out / "README.md").write_text(model_card(shape, facts))
     print(json.dumps(facts))
+
+
+def model_card(shape: Shape, facts: dict[str, Any]) -> str:
+    """The card that goes with the checkpoint; every figure in it was just measured on the f16 weights."""
+    rows = [
+        f"| {i} | {100 * active:.1f} % | {100 * window['held']:.1f} % | {100 * window['new_per_token']:.1f} % |"
+        for i, (active, window) in enumerate(zip(facts["active_share"], facts["window_overlap"], strict=True))
+    ]
+    ffn = 3 * shape.hidden_size * shape.intermediate_size * shape.num_hidden_layers / facts["parameters"]
+    card = (Path(__file__).parent / "demo_card.md").read_text(encoding="utf-8")
+    return card.format(
+        millions=facts["parameters"] / 1e6, ffn=100 * ffn, shape=shape, tokens=facts["tokens_seen"] / 1e6,
+        loss=facts["held_out_loss"], perplexity=math.exp(facts["held_out_loss"]), window=WINDOW, rows="\n".join(rows),
+    )  # fmt: skip
 
 
 def parse() -> argparse.Namespace:
