@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from flashinfer.config import FILE_ALIGNMENT
 from flashinfer.errors import StoreError
 from flashinfer.quant import codec_named
 from flashinfer.store.facts import Facts
+from flashinfer.store.manifest import Manifest, NeuronLayer, PartEntry, TensorEntry
 from flashinfer.store.roles import bundle_parts, ffn_role, is_required, order_role, role_shapes
-
-if TYPE_CHECKING:
-    from flashinfer.store.manifest import Manifest, NeuronLayer, PartEntry, TensorEntry
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 RESERVED_NAMES = frozenset({"manifest.json", "manifest.json.tmp", "lock"})

@@ -6,8 +6,6 @@ from typing import Literal
 
 import msgspec
 
-from flashinfer.errors import StoreError
-from flashinfer.store.check import check_manifest
 from flashinfer.store.facts import Facts
 
 FORMAT = "flashinfer-store"
@@ -110,30 +108,3 @@ class Manifest(_Strict, frozen=True):
 def encode_manifest(manifest: Manifest) -> bytes:
     """Canonical JSON: two-space indent, keys in declaration order, a newline at the end."""
     return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
-
-
-def decode_manifest(data: bytes, where: str) -> Manifest:
-    """Parse and check a manifest; `where` names its file in errors.
-
-    Raises:
-        StoreError: not a manifest, of a newer version, an unknown key, or inconsistent.
-    """
-    try:
-        head = msgspec.json.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
-        raise StoreError(f"{where} is not valid JSON ({e}); the store is damaged: pack it again") from e
-    if not isinstance(head, dict) or head.get("format") != FORMAT:
-        raise StoreError(f"{where} is not the manifest of a weight store (format {FORMAT!r} expected)")
-    version = head.get("version")
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise StoreError(f"{where} has version {version!r}, a positive integer was expected; pack it again")
-    if version > VERSION:
-        raise StoreError(
-            f"{where} has store version {version}; this program reads up to {VERSION}: upgrade flashinfer-offload"
-        )
-    try:
-        manifest = msgspec.json.decode(data, type=Manifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
-        raise StoreError(f"{where}: {e}; the store is damaged or hand-edited: pack it again") from e
-    check_manifest(manifest, where)
-    return manifest

@@ -14,7 +14,8 @@ import numpy.typing as npt
 from flashinfer.errors import StoreError, StoreReadError
 from flashinfer.quant import codec_named
 from flashinfer.store.geometry import Geometry
-from flashinfer.store.manifest import MANIFEST_NAME, FileEntry, Manifest, decode_manifest
+from flashinfer.store.manifest import MANIFEST_NAME, FileEntry, Manifest
+from flashinfer.store.parse import decode_manifest
 
 LARGEST_MANIFEST = 256 * 1024 * 1024
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -95,7 +95,9 @@ def _moved_away(target: Path) -> Iterator[None]:
         yield
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
-        if old.exists() and not target.exists():
+        if target.exists():  # the new one is in place: an interruption does not take it back
+            shutil.rmtree(old, ignore_errors=True)
+        elif old.exists():
             old.rename(target)
         raise
     finally:

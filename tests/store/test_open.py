@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from flashinfer.errors import StoreError, StoreReadError
 from flashinfer.store import open_store
-from flashinfer.store.manifest import decode_manifest, encode_manifest
+from flashinfer.store.manifest import encode_manifest
+from flashinfer.store.parse import decode_manifest
 from tests.store_contents import manifest_of, values
 
 Forge = Callable[[dict[str, Any]], Any]
