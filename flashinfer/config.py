@@ -40,16 +40,38 @@ Retention = Literal["frequency", "window"]
 class DiskCurve:
     """Cost model of random reads: seconds = reads * per_read_s + bytes / bytes_per_s.
 
-    `per_read_s` is the marginal cost of one more read with many in flight, not a latency.
+    `per_read_s` is the marginal cost of one more read with many in flight; `latency_s` what a read alone takes
+    beyond its transfer, which counts where too few are in flight to hide it.
     """
 
     per_read_s: float = 12e-6
     bytes_per_s: float = 2.0e9
+    latency_s: float = 60e-6
+
+    def seconds(self, reads: float, size: float, depth: float) -> float:
+        """Time of so many reads of `size` bytes together, at most `depth` of them in flight."""
+        return reads * max(self.per_read_s, self.latency_s / max(1.0, depth)) + size / self.bytes_per_s
 
     @property
     def break_even_gap(self) -> int:
         """Bytes whose transfer costs as much as one more read: gaps below it are read through."""
         return int(self.per_read_s * self.bytes_per_s)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes per second a machine gets through, all its compute threads together.
+
+    dram: plain reading. linear, bundle: weights of a dense matrix and of FFN neurons, converted and multiplied with
+    one token; linear_prompt, bundle_prompt: with a tile of TILE_TOKENS of them. The defaults are two busy Zen 4
+    cores at f16.
+    """
+
+    dram: float = 20e9
+    linear: float = 8e9
+    bundle: float = 3.4e9
+    linear_prompt: float = 2.4e9
+    bundle_prompt: float = 1.1e9
 
 
 @dataclass(frozen=True)

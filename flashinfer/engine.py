@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from flashinfer import machine
 from flashinfer.backend import Buffer, open_backend
 from flashinfer.config import Cap, RunConfig
-from flashinfer.errors import CapExceededError, PromptError
+from flashinfer.errors import CapExceededError, FlashInferError, PromptError
 from flashinfer.io import Reader, open_reader
 from flashinfer.ledger import Ledger
 from flashinfer.memory import Mode, Plan, Request, resolve
@@ -36,15 +37,25 @@ UNCAPPED = Cap()
 class Session:
     """One conversation: its keys and values, and how far it has come."""
 
-    def __init__(self, kv: list[Buffer], capacity: int) -> None:
+    def __init__(self, model: Model, kv: list[Buffer], capacity: int) -> None:
+        self._model = weakref.ref(model)
         self._kv = kv
         self.capacity = capacity
         self.length = 0
 
     def truncate(self, length: int) -> None:
-        """Forget everything after the first `length` tokens."""
-        assert 0 <= length <= self.length
+        """Forget everything after the first `length` tokens. Raises ValueError where there are not as many."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"a session of {self.length} tokens cannot be cut to {length} tokens")
         self.length = length
+
+    def cache_of(self, model: Model) -> list[Buffer]:
+        """Keys and values by layer. Raises FlashInferError where the session is closed, or not one of that model."""
+        if self._model() is not model:
+            raise FlashInferError("the session belongs to another model; make one with this model's `session`")
+        if not self._kv:
+            raise FlashInferError("the session is closed; make a new one")
+        return self._kv
 
     def close(self) -> None:
         """Drop the keys and values."""
@@ -71,6 +82,7 @@ class Model:
         self.store, self.plan, self.ledger = store, plan, ledger
         self.facts: Facts = store.manifest.facts
         self._reader, self._weights, self._decoder, self._chunk = reader, weights, decoder, chunk
+        self._closed = False
 
     @classmethod
     def open(
@@ -91,6 +103,7 @@ class Model:
             StoreError, StoreReadError, CapTooSmallError, DeviceError, PromptError (context beyond the model's).
         """
         run = run or RunConfig()
+        machine.return_freed_memory()
         store = open_store(Path(path))
         manifest = store.manifest
         threads = run.threads or (machine.compute_threads() if manifest.weight_bytes() > SMALL_MODEL else 1)
@@ -113,17 +126,26 @@ class Model:
             ledger = Ledger()
             with ledger.phase(ledger.load, 0):
                 weights = StreamedWeights(manifest, geometries, reader, backend, plan, run, mode, ledger)
+            decoder = Decoder(manifest.facts, weights, plan.context, window=run.cache.window, naive=mode == "naive")
         except BaseException:
             reader.close()
             backend.close()
             raise
-        decoder = Decoder(manifest.facts, weights, plan.context, window=run.cache.window, naive=mode == "naive")
         return cls(store, plan, reader, weights, decoder, ledger, run.prefill_chunk)
 
     def session(self, capacity: int | None = None) -> Session:
-        """A new, empty session for up to `capacity` tokens (default: the plan's context)."""
-        capacity = min(capacity or self.plan.context, self.plan.context)
-        return Session(self._decoder.new_kv(capacity), capacity)
+        """A new, empty session for up to `capacity` tokens (default, and at most: the plan's context).
+
+        The plan counts one session's memory; who keeps more of them at once answers for theirs.
+
+        Raises:
+            PromptError: a capacity below 1. FlashInferError: the model is closed.
+        """
+        self._check_open()
+        if capacity is not None and capacity < 1:
+            raise PromptError(f"a session is for at least 1 token, not {capacity}")
+        capacity = self.plan.context if capacity is None else min(capacity, self.plan.context)
+        return Session(self, self._decoder.new_kv(capacity), capacity)
 
     def step(self, session: Session, tokens: Sequence[int]) -> Floats:
         """Append tokens to the session; the logits `[vocab]` after the last of them.
@@ -133,22 +155,24 @@ class Model:
         Raises:
             PromptError: no tokens, a token outside the vocabulary, or more than the context holds.
             StoreReadError: a read failed; nothing was appended.
+            FlashInferError: the model or the session is closed, or the session is another model's.
         """
         last: Floats = self._run(session, tokens, every=False)[-1]
         return last
 
     def logits(self, session: Session, tokens: Sequence[int]) -> Floats:
-        """As `step`, with the logits after every token: `[len(tokens), vocab]`."""
+        """As `step`, with the logits after every token: `[len(tokens), vocab]`, whose memory is not in the plan."""
         return self._run(session, tokens, every=True)
 
     def _run(self, session: Session, tokens: Sequence[int], *, every: bool) -> Floats:
-        ids = self._checked(session, tokens)
+        self._check_open()
+        kv, ids = session.cache_of(self), self._checked(session, tokens)
         before, out = session.length, []
         account = self.ledger.decode if len(ids) == 1 else self.ledger.prefill
         try:
             with self.ledger.phase(account, len(ids)):
                 for rows in self._chunks(before, len(ids)):
-                    x = self._decoder.forward(ids[rows.start - before : rows.end - before], rows, session._kv)
+                    x = self._decoder.forward(ids[rows.start - before : rows.end - before], rows, kv)
                     session.length = rows.end
                     if every:
                         out.append(self._decoder.head(x)[rows.skip : rows.skip + rows.count])
@@ -166,6 +190,10 @@ class Model:
             return [decode_row(start)]
         step = self._chunk
         return [prefill_rows(start + i, min(step, count - i)) for i in range(0, count, step)]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise FlashInferError("the model is closed; open it again")
 
     def _checked(self, session: Session, tokens: Sequence[int]) -> npt.NDArray[np.int64]:
         ids = np.asarray(tokens, dtype=np.int64)
@@ -205,6 +233,7 @@ class Model:
 
     def close(self) -> None:
         """Release weights, threads and files. Idempotent."""
+        self._closed = True
         self._weights.close()
         self._reader.close()
         self._weights.backend.close()

@@ -66,14 +66,14 @@ class Ledger:
 
     @contextmanager
     def phase(self, account: Account, tokens: int) -> Iterator[None]:
-        """Charge what happens inside to `account`."""
+        """Charge what happens inside to `account`. What fails costs time and bytes, but no token came of it."""
         self.current, started = account, time.perf_counter()
         try:
             yield
-        finally:
-            account.seconds += time.perf_counter() - started
             account.steps += 1
             account.tokens += tokens
+        finally:
+            account.seconds += time.perf_counter() - started
 
     @contextmanager
     def managing(self) -> Iterator[None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import resource
 import sys
@@ -12,6 +14,8 @@ import psutil
 _V1 = Path("/sys/fs/cgroup/memory")
 _V2 = Path("/sys/fs/cgroup")
 _NO_LIMIT = 1 << 60
+_M_MMAP_THRESHOLD = -3
+_MMAP_THRESHOLD = 128 * 1024
 
 
 def resident_bytes() -> int:
@@ -72,3 +76,13 @@ def _cgroup_limit() -> int:
 def compute_threads() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def return_freed_memory() -> None:
+    """Make the allocator of this process give large blocks back to the system when they are freed.
+
+    glibc does so too at first, but raises what it calls large (to 32 MiB) as such blocks come and go, and then
+    keeps them, in one arena per thread: measured, 20 to 130 MiB that are in no plan. Elsewhere this does nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)

@@ -19,7 +19,7 @@ from flashinfer.config import (
 )
 from flashinfer.errors import CapTooSmallError
 from flashinfer.io.plan import worst_case_bytes
-from flashinfer.store import Manifest
+from flashinfer.store import Facts, Manifest
 from flashinfer.store.geometry import ASSUMED_DENSITY, expected_seconds, round_up
 from flashinfer.units import MIB, format_size
 
@@ -47,6 +47,7 @@ class Plan:
     baseline: int
     kv_cache: int
     activations: int
+    bookkeeping: int
     neuron_staging: int
     dense_staging: int
     resident: frozenset[str]
@@ -63,7 +64,7 @@ class Plan:
         """What counts against the cap."""
         if self.cap_kind == "weight-memory":
             return self.weight_total
-        return self.weight_total + self.baseline + self.kv_cache + self.activations
+        return self.weight_total + self.baseline + self.kv_cache + self.activations + self.bookkeeping
 
     def to_json(self) -> dict[str, Any]:
         """All fields, plain, with the sums."""
@@ -142,11 +143,7 @@ def _least(m: Manifest, r: Request, *, streams_dense: bool) -> Plan:
     bundle = max(layer.bundle_bytes for layer in m.layers)
     values = max(sum(p.elements for p in layer.parts) for layer in m.layers)
     per_thread = 4 * max(TILE_ROWS * widest, TILE_NEURONS * values) + TILE_NEURONS * bundle
-    lookup = TILE_TOKENS * (8 * max(f.embed_size, f.hidden_size) + 2 * r.alignment)
-    chunk = round_up(r.run.prefill_chunk, TILE_TOKENS) + TILE_TOKENS
-    width = 10 * f.hidden_size + 4 * f.num_heads * f.head_dim + 5 * f.intermediate_size
-    scores = 4 * f.num_heads * TILE_TOKENS * round_up(r.context, TILE_KEYS)
-    rope = 0 if f.rope is None else r.context * f.rope.rotary_dim
+    lookup = TILE_TOKENS * (12 * max(f.embed_size, f.hidden_size) + 2 * r.alignment)
     return Plan(
         cap=r.cap.memory if r.cap.memory is not None else r.cap.weight_memory or 0,
         cap_kind="memory" if r.cap.memory is not None else "weight-memory",
@@ -158,12 +155,30 @@ def _least(m: Manifest, r: Request, *, streams_dense: bool) -> Plan:
         weight_scratch=r.threads * per_thread + COPY_RECORDS * record + lookup + round_up(bundle, FILE_ALIGNMENT),
         baseline=r.baseline + LIBRARY_GROWTH,
         kv_cache=8 * f.num_layers * f.num_kv_heads * f.head_dim * round_up(r.context, TILE_KEYS),
-        activations=4 * (chunk * width + scores + rope + 3 * f.vocab_size),
+        activations=_activations(f, r),
+        bookkeeping=_bookkeeping(m, r),
         neuron_staging=neuron_staging,
         dense_staging=dense_staging,
         resident=frozenset(),
         slots=(0,) * len(m.layers),
     )
+
+
+def _activations(f: Facts, r: Request) -> int:
+    """Bytes of the widest moment of a prompt chunk, attention scores and rotary tables included."""
+    chunk = round_up(r.run.prefill_chunk, TILE_TOKENS) + TILE_TOKENS
+    outputs = (10 + 2 * r.threads) * f.hidden_size  # each thread holds the output of an FFN tile, and its pieces
+    width = outputs + 4 * f.num_heads * f.head_dim + 5 * f.intermediate_size
+    scores = 4 * f.num_heads * TILE_TOKENS * round_up(r.context, TILE_KEYS)
+    rope = 0 if f.rope is None else round_up(r.context, TILE_TOKENS) * f.rope.rotary_dim
+    return 4 * (chunk * width + scores + rope + 3 * f.vocab_size)
+
+
+def _bookkeeping(m: Manifest, r: Request) -> int:
+    """Bytes of the tables that say where each record is: slot, score, stamp and candidates for eviction, the
+    window's active sets, and the permutation."""
+    per_record = 48 + 8 * r.run.cache.window
+    return sum(per_record * n.records + (8 * n.neurons if n.permutation is not None else 0) for n in m.layers)
 
 
 def _worst_tile_bytes(m: Manifest, alignment: int) -> int:

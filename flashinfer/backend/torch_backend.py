@@ -1,8 +1,9 @@
 """The verbs in torch, on the CPU or (by the same code) on CUDA.
 
-Weights are converted tile by tile into float32 scratch that belongs to the worker thread; no matrix is ever
+Weights are converted tile by tile into float32 scratch that belongs to the thread; no matrix is ever
 converted whole. Torch itself runs single-threaded: parallelism is over tiles, so thread count cannot
-change a tile's arithmetic.
+change a tile's arithmetic. The caller's thread takes its share of the tiles, so that scratch times `threads` is
+all the memory it takes (`memory.py` counts on both).
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ class TorchBackend:
         self.name = f"torch-{device}"
         self.threads = threads
         self._device = torch.device(device)
-        self._pool = ThreadPoolExecutor(threads, "flashinfer-compute") if threads > 1 else None
+        self._pool = None
+        if threads > 1:
+            # torch counts threads per thread, and a new one starts with all cores
+            self._pool = ThreadPoolExecutor(threads - 1, "flashinfer-compute", torch.set_num_threads, (1,))
         self._local = threading.local()
         torch.set_num_threads(1)
 
@@ -102,12 +106,14 @@ class TorchBackend:
         """This thread's scratch of that name, grown when needed."""
         kept: Tensor | None = getattr(self._local, name, None)
         if kept is None or kept.numel() < elements:
+            kept = None
+            setattr(self._local, name, None)  # the old one goes before the new one comes
             kept = torch.zeros(elements, dtype=dtype, device="cpu" if host else self._device)
             setattr(self._local, name, kept)
         return kept[:elements]
 
     def _spread(self, count: int, work: int, run: Callable[[int], None]) -> None:
-        """`run(i)` for every tile, on the pool when there is enough work."""
+        """`run(i)` for every tile, on all threads when there is enough work."""
         if self._pool is None or work < PARALLEL_WORK or count < 2:
             for i in range(count):
                 run(i)
@@ -118,7 +124,10 @@ class TorchBackend:
             for i in range(k * share, min(count, (k + 1) * share)):
                 run(i)
 
-        list(self._pool.map(run_share, range(-(-count // share))))
+        others = [self._pool.submit(run_share, k) for k in range(1, -(-count // share))]
+        run_share(0)
+        for other in others:
+            other.result()
 
     # -- dense parts
 
@@ -128,7 +137,7 @@ class TorchBackend:
 
         def tile(i: int) -> None:
             a, b = i * TILE_ROWS, min(rows, (i + 1) * TILE_ROWS)
-            w = self._scratch("weights", TILE_ROWS * cols)[: (b - a) * cols].view(b - a, cols)
+            w = self._scratch("values", TILE_ROWS * cols)[: (b - a) * cols].view(b - a, cols)
             w.copy_(weights[a:b])
             if tokens == 1:
                 torch.mv(w, x[0], out=out[0, first + a : first + b])
@@ -227,9 +236,11 @@ class TorchBackend:
         raw = self._scratch("bundles", TILE_NEURONS * bundle.bytes, torch.uint8, host=True)
         raw = raw.view(TILE_NEURONS, bundle.bytes)
         torch.index_select(bundles, 0, at, out=raw)
-        down = self._part("down", raw, bundle.down)
-        up = None if bundle.up is None else self._part("up", raw, bundle.up)
-        bias = None if bundle.up_bias is None else self._part("bias", raw, bundle.up_bias)[:, 0]
+        sizes = [0 if p is None else TILE_NEURONS * p.elements for p in (bundle.down, bundle.up, bundle.up_bias)]
+        places = torch.split(self._scratch("values", sum(sizes)), sizes)
+        down = _converted(raw, bundle.down, places[0])
+        up = None if bundle.up is None else _converted(raw, bundle.up, places[1])
+        bias = None if bundle.up_bias is None else _converted(raw, bundle.up_bias, places[2])[:, 0]
         step = 1 if x.shape[0] == 1 else TILE_TOKENS
         out = []
         for t in range(0, x.shape[0], step):
@@ -240,11 +251,13 @@ class TorchBackend:
             out.append(torch.mm(h, down))
         return out[0] if len(out) == 1 else torch.cat(out)
 
-    def _part(self, name: str, raw: Tensor, part: Part) -> Tensor:
-        """One part of a tile of bundles as float32 `[TILE_NEURONS, elements]` in scratch."""
-        dtype = DTYPES[part.codec]
-        data = raw[:, part.offset : part.offset + part.elements * dtype.itemsize]
-        if raw.shape[1] % dtype.itemsize or part.offset % dtype.itemsize:
-            data = data.contiguous()
-        values = self._scratch(name, TILE_NEURONS * part.elements).view(TILE_NEURONS, part.elements)
-        return values.copy_(data.view(dtype))
+
+def _converted(raw: Tensor, part: Part, values: Tensor) -> Tensor:
+    """One part of a tile of bundles as float32 `[TILE_NEURONS, elements]`. Writes `values`."""
+    dtype = DTYPES[part.codec]
+    data = raw[:, part.offset : part.offset + part.elements * dtype.itemsize]
+    values = values.view(TILE_NEURONS, part.elements)
+    if dtype == torch.float32:  # byte by byte: behind 16-bit values it may start anywhere
+        values.view(torch.uint8).copy_(data)
+        return values
+    return values.copy_(data.view(dtype))

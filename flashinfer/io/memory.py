@@ -96,6 +96,7 @@ class _MemoryPending:
                 self._target[place : place + length] = self._blob[offset : offset + length]
             elif self._error is None:
                 self._error = StoreReadError(self._name, offset, length, reason)
+        del self._target  # what has ended must not keep the caller's buffer alive
 
     def wait(self) -> None:
         started = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,12 +47,18 @@ class ThreadReader:
         self.stats = ReadStats()
         self._queue: SimpleQueue[_Batch | None] = SimpleQueue()
         self._closed = False
-        self._threads = [
-            threading.Thread(target=_work, args=(self._queue,), name=f"flashinfer-read-{i}", daemon=True)
-            for i in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        # whoever forgets to close must not leave threads and open files behind
+        weakref.finalize(self, _release, self._queue, self._threads, self._files).atexit = False
+        try:
+            for i in range(threads):
+                name = f"flashinfer-read-{i}"
+                thread = threading.Thread(target=_work, args=(self._queue,), name=name, daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except BaseException:
+            self.close()
+            raise
 
     def submit(self, file: int, extents: Extents, target: Buffer) -> _Batch:
         """As `Reader.submit`."""
@@ -66,14 +73,8 @@ class ThreadReader:
 
     def close(self) -> None:
         """As `Reader.close`."""
-        if not self._closed:
-            self._closed = True
-            for _ in self._threads:
-                self._queue.put(None)
-        for thread in self._threads:
-            thread.join()
-        while self._files:
-            self._files.pop().close()
+        self._closed = True
+        _release(self._queue, self._threads, self._files)
 
 
 class _Batch:
@@ -129,6 +130,17 @@ class _Batch:
             self._stats.seconds_waiting += time.perf_counter() - started
         if self._error is not None:
             raise self._error
+
+
+def _release(queue: SimpleQueue[_Batch | None], threads: list[threading.Thread], files: list[OpenFile]) -> None:
+    """Let the threads finish what is queued, then close the files. Goes on where an interrupted call stopped."""
+    for _ in threads:
+        queue.put(None)
+    while threads:
+        threads[-1].join()
+        threads.pop()
+    while files:
+        files.pop().close()
 
 
 def _work(queue: SimpleQueue[_Batch | None]) -> None:

@@ -9,12 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from flashinfer.backend import Buffer
-from flashinfer.config import TILE_NEURONS, TILE_ROWS
+from flashinfer.config import TILE_NEURONS, TILE_ROWS, TILE_TOKENS
 from flashinfer.model.rotary import rotary_tables
 from flashinfer.model.rows import Rows
 from flashinfer.model.weights import Weights
 from flashinfer.predict import Everything, Exact, Predictor
 from flashinfer.store.facts import Facts
+from flashinfer.store.geometry import round_up
 
 Index = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -45,7 +46,8 @@ class Decoder:
         self.facts, self.weights, self.backend = facts, weights, weights.backend
         self._window = window
         self._predictor: Predictor = Exact() if facts.sparse and not naive else Everything()
-        self._tables = rotary_tables(facts.rope, context) if facts.rope else None
+        # whole tiles: the padding rows of a prompt's last tile may stand for positions beyond the context
+        self._tables = rotary_tables(facts.rope, round_up(context, TILE_TOKENS)) if facts.rope else None
 
     def new_kv(self, capacity: int) -> list[Buffer]:
         """Empty keys and values for every layer."""

@@ -62,7 +62,7 @@ class DenseWeights:
         if manifest.facts.tied_head and "embed.weight" not in self._resident:
             self._order.append("embed.weight")
         self._next: _InFlight | None = None
-        self._unsettled: Pending | None = None
+        self._unsettled: list[Pending] = []
 
     def vector(self, role: str) -> Buffer | None:
         """A resident vector, None where the model has none."""
@@ -79,13 +79,14 @@ class DenseWeights:
     def blocks(self, role: str) -> Iterator[tuple[int, Buffer]]:
         """See `model.weights.Weights.blocks`."""
         if role in self._resident:
-            yield 0, self._resident[role][1]
+            yield 0, self._resident[role]
             return
         tensor = self._tensors[role]
         current = self._take_prefetched(role) or self._submit(role, 0, 0)
         while True:
             self._next = self._submit_after(current)
             self._wait(current.pending)
+            self._unsettled.remove(current.pending)
             start = current.half * self._half + current.plan.place
             raw = self._staging.array[start : start + current.rows * (tensor.bytes // tensor.shape[0])]
             yield current.first, self._backend.matrix(raw, tensor.codec, current.rows, tensor.shape[1], keep=False)
@@ -101,7 +102,9 @@ class DenseWeights:
             some = ids[t : t + TILE_TOKENS]
             resident = self._resident.get(role)
             out[t : t + len(some)] = (
-                self._backend.rows(resident[1], some) if resident else self._read_rows(self._tensors[role], some)
+                self._backend.rows(resident, some)
+                if resident is not None
+                else self._read_rows(self._tensors[role], some)
             )
         return out
 
@@ -123,15 +126,15 @@ class DenseWeights:
 
     def close(self) -> None:
         """Drop the buffers; reads in flight are awaited first."""
+        self._next = None
         self._settle()
-        self._discard()
         self._resident.clear()
+        self._vectors.clear()
         self._staging.close()
 
     # -- streaming
 
     def _submit(self, role: str, first: int, half: int) -> _InFlight:
-        self._settle()
         tensor = self._tensors[role]
         width = tensor.bytes // tensor.shape[0]
         fit = (self._half - 2 * self._reader.alignment) // width // TILE_ROWS * TILE_ROWS
@@ -139,6 +142,7 @@ class DenseWeights:
         plan = self._range(tensor.offset + first * width, rows * width)
         target = self._staging.array[half * self._half :][: plan.extents.total]
         pending = self._reader.submit(DENSE_FILE, plan.extents, target)
+        self._unsettled.append(pending)
         self._account(plan.extents.total, len(plan.extents.offsets), rows * width)
         return _InFlight(role, first, rows, half, plan, pending)
 
@@ -150,35 +154,27 @@ class DenseWeights:
         return self._submit(following, 0, 1 - current.half)
 
     def _take_prefetched(self, role: str) -> _InFlight | None:
-        found = self._next
+        """The first block of the matrix if it is on its way. All other reads end first, so that their halves may
+        be used: a prefetch that nobody wants, and those of a stream that was abandoned (an error, Ctrl-C)."""
+        found, self._next = self._next, None
         if found is not None and (found.role != role or found.first != 0):
-            self._discard()
-            return None
-        self._next = None
+            found = None
+        self._settle(None if found is None else found.pending)
         return found
 
-    def _discard(self) -> None:
-        """Wait for a prefetch that nobody wants, so that its half may be used again."""
-        if self._next is not None:
-            found, self._next = self._next, None
+    def _settle(self, wanted: Pending | None = None) -> None:
+        """Let all reads to the staging buffer end but the wanted one."""
+        for pending in [p for p in self._unsettled if p is not wanted]:
             with contextlib.suppress(StoreReadError):
-                self._wait(found.pending)
-
-    def _settle(self) -> None:
-        """A wait that was interrupted (Ctrl-C) left reads writing to the buffer: let them end first."""
-        if self._unsettled is not None:
-            with contextlib.suppress(StoreReadError):
-                self._unsettled.wait()
-            self._unsettled = None
+                self._wait(pending)
+            self._unsettled.remove(pending)
 
     def _wait(self, pending: Pending) -> None:
         before = self._reader.stats.seconds_waiting
-        self._unsettled = pending
         try:
             pending.wait()
         finally:
             self._ledger.current.io_wait += self._reader.stats.seconds_waiting - before
-        self._unsettled = None
 
     # -- loading
 
@@ -190,7 +186,7 @@ class DenseWeights:
         tensor = self._tensors[role]
         plan = self._range(tensor.offset, tensor.bytes)
         buffer = AlignedBuffer(plan.extents.total)
-        self._reader.submit(DENSE_FILE, plan.extents, buffer.array).wait()
+        self._wait(self._reader.submit(DENSE_FILE, plan.extents, buffer.array))
         self._account(plan.extents.total, len(plan.extents.offsets), tensor.bytes)
         raw = buffer.array[plan.place : plan.place + tensor.bytes]
         if xxhash.xxh3_128_hexdigest(raw.data) != tensor.xxh3:
@@ -205,11 +201,10 @@ class DenseWeights:
         with buffer:
             return self._backend.vector(raw.view("<f4").copy())
 
-    def _load_matrix(self, role: str) -> tuple[AlignedBuffer, Buffer]:
-        """Read in place: the matrix is a view of the buffer the device wrote to."""
-        tensor = self._tensors[role]
-        buffer, raw = self._read(role)
-        return buffer, self._backend.matrix(raw, tensor.codec, *tensor.shape, keep=True)
+    def _load_matrix(self, role: str) -> Buffer:
+        """On a CPU the matrix is a view of the memory the device wrote to, and keeps it; elsewhere that is let go."""
+        _, raw = self._read(role)
+        return self._backend.matrix(raw, self._tensors[role].codec, *self._tensors[role].shape, keep=True)
 
     def _account(self, read: int, reads: int, useful: int) -> None:
         account = self._ledger.current

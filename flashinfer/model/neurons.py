@@ -96,6 +96,7 @@ class NeuronStore:
     def close(self) -> None:
         """Wait for stray reads and drop the arena."""
         self._settle()
+        self._arena = np.empty(0, dtype=np.uint8)  # the memory goes with the last who can see it
         self._buffer.close()
 
     def groups(self, index: int, selection: Selection, tiles: Index) -> Iterator[Group]:
@@ -160,20 +161,22 @@ class NeuronStore:
         account.reads += len(extents.offsets)
 
     def _wait(self, batch: _Batch) -> None:
-        if batch.pending is None:
-            return
+        if batch.pending is not None:
+            self._await(batch.pending)
+            self._unsettled.remove(batch.pending)
+
+    def _await(self, pending: Pending) -> None:
         before = self._reader.stats.seconds_waiting
         try:
-            batch.pending.wait()
+            pending.wait()
         finally:
             self._ledger.current.io_wait += self._reader.stats.seconds_waiting - before
-        self._unsettled.remove(batch.pending)
 
     def _settle(self) -> None:
         """A step that was abandoned may have left reads writing to the staging buffer: let them end first."""
         while self._unsettled:
             with contextlib.suppress(StoreReadError):
-                self._unsettled[-1].wait()
+                self._await(self._unsettled[-1])
             self._unsettled.pop()
 
     def _offsets(
@@ -223,7 +226,7 @@ class NeuronStore:
         align, extent = self._reader.alignment, self._run.io.max_extent
         plan = plan_range(g.offset, count * g.record_bytes, alignment=align, max_extent=extent)
         target = self._arena[layer.base : layer.base + plan.extents.total]
-        self._reader.submit(NEURON_FILE, plan.extents, target).wait()
+        self._await(self._reader.submit(NEURON_FILE, plan.extents, target))
         account = self._ledger.current
         account.bytes_read += plan.extents.total
         account.reads += len(plan.extents.offsets)

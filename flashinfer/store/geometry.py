@@ -15,6 +15,12 @@ LARGEST_RECORD = 16 * 1024
 """A record grows beyond one bundle only up to this many bytes."""
 ASSUMED_DENSITY = 0.1
 """Share of neurons assumed active while nothing is measured (field figures: 3-25 % for ReLU models)."""
+ASSUMED_REUSE = 1.5
+"""While nothing is measured: of the records a token needs, the share (1 - slots / records) ** ASSUMED_REUSE is in no
+slot. Measured on the embedded model: 2.1 with few slots, 1.4 with many; 1 would be no locality at all."""
+ASSUMED_KINSHIP = 0.8
+"""While nothing is measured: n tokens in a row need as many neurons as n ** ASSUMED_KINSHIP unrelated ones (a trial:
+windows of 5 and 10 tokens, densities of 5, 10 and 25 %)."""
 
 
 def round_up(n: int, unit: int) -> int:

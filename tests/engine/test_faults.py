@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from flashinfer import engine
 from flashinfer.config import Cap, RunConfig
 from flashinfer.engine import Model
-from flashinfer.errors import DeviceError, PromptError, StoreReadError
+from flashinfer.errors import DeviceError, FlashInferError, PromptError, StoreError, StoreReadError
 from flashinfer.io import MemoryReader
 
 TOKENS = [5, 9, 33, 71, 8, 15, 60, 42]
@@ -126,3 +128,101 @@ def test_close_is_idempotent(small) -> None:
     model = open_model()
     model.close()
     model.close()
+
+
+def test_a_closed_model_says_so(small) -> None:
+    open_model, _ = small
+    model = open_model()
+    session = model.session()
+    model.close()
+    with pytest.raises(FlashInferError, match="the model is closed"):
+        model.step(session, [5])
+    with pytest.raises(FlashInferError, match="the model is closed"):
+        model.session()
+
+
+def test_a_closed_session_says_so(small) -> None:
+    open_model, _ = small
+    with open_model() as model:
+        session = model.session()
+        session.close()
+        with pytest.raises(FlashInferError, match="the session is closed"):
+            model.step(session, [5])
+
+
+def test_a_session_of_another_model_is_refused(small) -> None:
+    """Its keys and values would fit, and mean nothing."""
+    open_model, _ = small
+    with open_model() as model, open_model() as other:
+        session = other.session()
+        other.step(session, TOKENS)
+        with pytest.raises(FlashInferError, match="another model"):
+            model.step(session, [5])
+        assert session.length == len(TOKENS)
+
+
+def test_a_session_cannot_be_truncated_to_what_it_never_held(small) -> None:
+    open_model, _ = small
+    with open_model() as model:
+        session = model.session()
+        model.step(session, TOKENS)
+        for length in (-1, len(TOKENS) + 1):
+            with pytest.raises(ValueError, match=f"{length} tokens"):
+                session.truncate(length)
+
+
+@pytest.mark.parametrize("capacity", [0, -1])
+def test_a_session_for_no_tokens_is_refused(small, capacity: int) -> None:
+    open_model, _ = small
+    with open_model() as model, pytest.raises(PromptError, match="at least 1"):
+        model.session(capacity)
+
+
+def test_a_failed_open_leaves_nothing_open(packed, monkeypatch) -> None:
+    """Whatever fails, down to the last thing that is made."""
+    folder = Path("/proc/self/fd")
+    if not folder.exists():
+        pytest.skip("this system does not list a process's files")
+
+    def fails(*args: object, **kwargs: object) -> None:
+        raise StoreError("for the test")
+
+    store = packed("llama").store
+    Model.open(store).close()
+    before = len(list(folder.iterdir())), threading.active_count()
+    for name in ("resolve", "StreamedWeights", "Decoder"):
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, name, fails)
+            with pytest.raises(StoreError, match="for the test"):
+                Model.open(store)
+        assert (len(list(folder.iterdir())), threading.active_count()) == before
+
+
+def test_the_ledger_waits_for_reads_and_not_twice(small, monkeypatch) -> None:
+    """All the time in `wait` is I/O wait of the phase it fell in, loading included; a failed step did no tokens."""
+    open_model, readers = small
+    delayed = engine.open_reader
+
+    def open_slow(paths, config):
+        reader = delayed(paths, config)
+        reader.delay = 0.001
+        return reader
+
+    monkeypatch.setattr(engine, "open_reader", open_slow)
+    with open_model() as model:
+        assert model.ledger.load.io_wait == pytest.approx(readers[-1].stats.seconds_waiting)
+        session = model.session()
+        model.step(session, TOKENS)
+        for token in TOKENS:
+            model.step(session, [token])
+        accounts = [model.ledger.load, model.ledger.prefill, model.ledger.decode]
+        assert sum(a.io_wait for a in accounts) == pytest.approx(readers[-1].stats.seconds_waiting)
+        assert sum(a.bytes_read for a in accounts) == readers[-1].stats.bytes
+        assert sum(a.reads for a in accounts) == readers[-1].stats.reads
+        assert all(0 < a.useful_bytes <= a.bytes_read for a in accounts)
+        assert all(a.io_wait + a.management <= a.seconds for a in accounts)
+        readers[-1].fail_at = {(0, b) for b in range(0, len(readers[-1].blobs[0]), 512)}
+        with pytest.raises(StoreReadError):
+            model.step(session, TOKENS)
+        assert model.ledger.prefill.tokens == len(TOKENS)
+        assert model.ledger.prefill.steps == 1

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
+from flashinfer.cache import WindowCache
 from flashinfer.config import Cap, IoConfig, RunConfig
 from flashinfer.errors import CapTooSmallError
 from flashinfer.memory import Plan, Request, resolve
@@ -71,3 +75,22 @@ def test_a_long_context_is_named_as_the_reason(packed) -> None:
     manifest = open_store(packed("llama").store).manifest
     with pytest.raises(CapTooSmallError, match="--context"):
         resolve(manifest, replace(BASE, context=200_000, baseline=0, cap=Cap(memory=1)))
+
+
+@pytest.mark.parametrize("density", [0.1, 1.0])
+def test_the_tables_of_a_large_model_are_counted(packed, density: float) -> None:
+    """A slot table is small change for one layer, and more than the allowance for libraries for a hundred."""
+    records, manifest = 20_000, open_store(packed("llama").store).manifest
+    layer = structs.replace(manifest.layers[0], records=records, neurons=records)
+    request = replace(BASE, cap=Cap(memory=10**9))
+    plan = resolve(structs.replace(manifest, layers=(layer,)), request)
+    random = np.random.default_rng(0)
+    sets = [np.flatnonzero(random.random(records) <= density) for _ in range(request.run.cache.window)]
+    tracemalloc.start()
+    policy = WindowCache(records, records // 2, window=request.run.cache.window)
+    policy.preload(np.arange(records // 2))
+    for step in range(20):
+        policy.step(sets[step % len(sets)].copy())
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 0.3 * plan.bookkeeping < held <= plan.bookkeeping

@@ -246,3 +246,35 @@ def test_open_reader_follows_the_config(tmp_path: Path) -> None:
     reader = open_reader(write(tmp_path, (contents(1),)), IoConfig(threads=3))
     assert reader.note.startswith("3 threads")
     reader.close()
+
+
+def held() -> tuple[int, int]:
+    """Open files and threads of this process."""
+    return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+
+
+@linux_only
+def test_a_reader_nobody_holds_leaves_nothing_behind(tmp_path: Path) -> None:
+    paths = write(tmp_path, (contents(1),))
+    before = held()
+    reader = ThreadReader(paths, threads=4)
+    assert held() == (before[0] + 1, before[1] + 4)
+    del reader
+    assert held() == before
+
+
+@linux_only
+def test_no_more_threads_to_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths, start, left = write(tmp_path, (contents(1),)), threading.Thread.start, [2]
+
+    def starts(thread: threading.Thread) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    before = held()
+    monkeypatch.setattr(threading.Thread, "start", starts)
+    with pytest.raises(RuntimeError, match="can't start"):
+        ThreadReader(paths, threads=4)
+    assert held() == before
