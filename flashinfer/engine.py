@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from flashinfer import machine
 from flashinfer.backend import Buffer, open_backend
 from flashinfer.config import Cap, RunConfig
-from flashinfer.errors import CapExceededError, FlashInferError, PromptError
+from flashinfer.errors import CapExceededError, FlashInferError, PromptError, SessionError
 from flashinfer.io import Reader, open_reader
 from flashinfer.ledger import Ledger
 from flashinfer.memory import Mode, Plan, Request, resolve
@@ -146,6 +146,32 @@ class Model:
             raise PromptError(f"a session is for at least 1 token, not {capacity}")
         capacity = self.plan.context if capacity is None else min(capacity, self.plan.context)
         return Session(self, self._decoder.new_kv(capacity), capacity)
+
+    def save(self, session: Session) -> Iterator[Floats]:
+        """The session's keys and values, layer by layer: float32 `[2, length, kv_heads * head_dim]`."""
+        self._check_open()
+        for kv in session.cache_of(self):
+            yield self._decoder.backend.fetch_kv(kv, session.length)
+
+    def restore(self, layers: Iterable[Floats], capacity: int) -> Session:
+        """A session whose keys and values are those that `save` gave: it continues bit for bit the same.
+
+        Raises:
+            PromptError: they do not fit the capacity. SessionError: they are not those of such a model.
+        """
+        session = self.session(capacity)
+        caches, backend = session.cache_of(self), self._decoder.backend
+        width, restored = self.facts.num_kv_heads * self.facts.head_dim, 0
+        for kv, (k, v) in zip(caches, layers, strict=False):
+            if k.shape[1] != width:
+                break
+            if len(k) > session.capacity:
+                raise PromptError(f"a session of {len(k)} tokens does not fit the context of {session.capacity}")
+            backend.append_kv(kv, 0, backend.place(k), backend.place(v), 0, len(k))
+            session.length, restored = len(k), restored + 1
+        if restored != len(caches):
+            raise SessionError("the session is not one of this model; start a new one")
+        return session
 
     def step(self, session: Session, tokens: Sequence[int]) -> Floats:
         """Append tokens to the session; the logits `[vocab]` after the last of them.

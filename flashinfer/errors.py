@@ -10,6 +10,7 @@
     ├── CapTooSmallError       the memory cap lies below the floor; `.floor` says it
     ├── CapExceededError       the process grew past the cap it promised to keep (our bug; never hidden)
     ├── PromptError            the prompt is empty or does not fit the context
+    ├── SessionError           a session file is damaged, or belongs to another store
     ├── DeviceError            the asked compute device is not there
     └── PlatformError          this operating system is not supported
 
@@ -80,6 +81,10 @@ class CapExceededError(FlashInferError):
 
 class PromptError(FlashInferError):
     """The prompt is empty, or longer than the context."""
+
+
+class SessionError(FlashInferError):
+    """A session file is truncated, altered, of another store, or cannot be written."""
 
 
 class DeviceError(FlashInferError):

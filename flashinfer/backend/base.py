@@ -106,6 +106,10 @@ class Backend(Protocol):
         """Positions at .. at+count of `kv` become rows skip .. skip+count of k and v. Writes `kv`."""
         ...
 
+    def fetch_kv(self, kv: Buffer, count: int) -> Floats:
+        """The first `count` positions on the host: keys and values `[2, count, kv_heads * head_dim]`, copied."""
+        ...
+
     def attend(self, q: Buffer, kv: Buffer, first: int, heads: int) -> Buffer:
         """Causal attention of rows at positions first, first+1, ... over `kv`, grouped-query where there are
         fewer kv heads; softmax over key tiles of TILE_KEYS with a fixed order of sums."""

@@ -178,6 +178,12 @@ class TorchBackend:
         kv.k[where] = k[skip : skip + count].view(count, heads, dim)
         kv.v[where] = v[skip : skip + count].view(count, heads, dim)
 
+    def fetch_kv(self, kv: Kv, count: int) -> Floats:
+        tiles = -(-count // TILE_KEYS)
+        rows = [t[:tiles].permute(0, 2, 1, 3).flatten(0, 1)[:count].flatten(1) for t in (kv.k, kv.v)]
+        host: Floats = torch.stack(rows).cpu().numpy()
+        return host
+
     def attend(self, q: Tensor, kv: Kv, first: int, heads: int) -> Tensor:
         out = torch.empty_like(q)
         step = 1 if q.shape[0] == 1 else TILE_TOKENS

@@ -77,6 +77,9 @@ def command(
     io_objective: Annotated[Objective, typer.Option(help="time: fastest; bytes: fewest bytes read.")] = _OBJECTIVE,
     threads: Annotated[int, typer.Option(min=0, help="Compute threads; 0 is all cores.")] = RunConfig.threads,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.CPU,
+    session: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keep the conversation in FILE; continue it where FILE exists.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of text.")] = False,
     log_level: LogLevelOption = None,
 ) -> None:
@@ -93,17 +96,21 @@ def command(
     stops = stop or []
     _check_options(sampling, stops)
     cap = parse_cap(memory, weight_memory)
-    text = read_prompt(prompt, file)
-    from flashinfer.generate import load
+    resumed = session is not None and session.exists()
+    text = read_prompt(prompt, file, optional=resumed)
+    from flashinfer.generate import load, load_conversation, store_id
+    from flashinfer.store import open_store
+
+    past = load_conversation(session, store_id(open_store(store).manifest)).tokens if session and resumed else ()
 
     def room(tokenizer: Tokenizer) -> int:
-        return len(tokenizer.encode(text)) + max_new_tokens
+        return len(past) + len(tokenizer.encode(text)) + max_new_tokens
 
     with load(
         store, memory=cap.memory, weight_memory=cap.weight_memory, context=context or room, window=window,
         io_objective=io_objective.value, threads=threads, device=device.value,
     ) as model:  # fmt: skip
-        stream = model.stream(text, max_new_tokens=max_new_tokens, stop=stops, **sampling)
+        stream = model.stream(text, max_new_tokens=max_new_tokens, stop=stops, session=session, **sampling)
         result = _drain(stream) if as_json else _print_pieces(stream)
         if as_json:
             print(json.dumps(_report(model, result), ensure_ascii=False))
@@ -111,8 +118,8 @@ def command(
         model.check_cap()
 
 
-def read_prompt(prompt: str | None, file: Path | None) -> str:
-    """The prompt from the one source that was named, or from stdin.
+def read_prompt(prompt: str | None, file: Path | None, *, optional: bool = False) -> str:
+    """The prompt from the one source that was named, or from stdin; `optional` lets it be empty.
 
     Raises:
         typer.BadParameter: two sources, or none.
@@ -122,6 +129,8 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise typer.BadParameter("give -p or -f, not both")
     if prompt is None:
+        if file is None and optional and sys.stdin.isatty():
+            return ""
         if file is None and sys.stdin.isatty():
             raise typer.BadParameter("there is no prompt: give -p TEXT, -f FILE, or text on stdin")
         piped = file is None or str(file) == "-"
@@ -131,7 +140,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         except UnicodeDecodeError as e:
             raise PromptError(f"the prompt in {'stdin' if piped else file} is not UTF-8 (byte {e.start})") from e
         prompt = prompt.removesuffix("\n").removesuffix("\r")
-    if not prompt:
+    if not prompt and not optional:
         raise PromptError("the prompt is empty; give at least one word to continue")
     return prompt
 

@@ -2,6 +2,7 @@
 
 from flashinfer.generate.loading import load
 from flashinfer.generate.sampler import Sampler, check_sampling
+from flashinfer.generate.session_file import load_conversation, store_id
 from flashinfer.generate.stop import StopStrings
 from flashinfer.generate.stream import FinishReason, Generation, Stream, Timings
 from flashinfer.generate.text_model import TextModel
@@ -16,4 +17,6 @@ __all__ = [
     "Timings",
     "check_sampling",
     "load",
+    "load_conversation",
+    "store_id",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +46,15 @@ class Sampler:
         check_sampling(config)
         self._config = config
         self._random = np.random.Generator(np.random.PCG64(config.seed))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The random state, as plain values; set it to continue where another sampler stopped."""
+        return dict(self._random.bit_generator.state)
+
+    @state.setter
+    def state(self, value: dict[str, Any]) -> None:
+        self._random.bit_generator.state = value
 
     def sample(self, logits: Floats, history: Sequence[int]) -> int:
         """The next token for `logits` [vocab] after the tokens `history`; greedy takes the lowest of equals.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from flashinfer.errors import FlashInferError
 from flashinfer.generate.sampler import Floats, Sampler
+from flashinfer.generate.session_file import Conversation
 from flashinfer.generate.stop import StopStrings
 from flashinfer.text import Detokenizer, Tokenizer
 
@@ -19,7 +20,10 @@ class StepEngine(Protocol):
     """What a generation needs of the engine (`flashinfer.engine.Model`)."""
 
     def session(self, capacity: int) -> Any:
-        """A new, empty session for `capacity` tokens; it has `close()`."""
+        """A new, empty session for `capacity` tokens; it has `length`, `truncate(n)` and `close()`."""
+
+    def restore(self, layers: Iterable[Floats], capacity: int) -> Any:
+        """A session with these keys and values."""
 
     def step(self, session: Any, tokens: list[int]) -> Floats:
         """Append `tokens` to the session; logits [vocab] after the last of them."""
@@ -55,7 +59,11 @@ class Generation:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be generated. `room` is the most tokens the context still takes."""
+    """What is to be generated. `room` is the most tokens the context still takes.
+
+    resume: the conversation that `prompt` begins with, whose keys and values are there already. keep: called with the
+    session and all tokens when the stream ends, however it ends.
+    """
 
     prompt: tuple[int, ...]
     max_new_tokens: int
@@ -63,6 +71,8 @@ class Job:
     eos_ids: frozenset[int]
     stops: tuple[str, ...]
     sampler: Sampler
+    resume: Conversation | None = None
+    keep: Callable[[Any, tuple[int, ...]], None] | None = None
 
 
 @dataclass
@@ -119,9 +129,12 @@ class Stream(Iterator[str]):
 def _pieces(engine: StepEngine, tokenizer: Tokenizer, job: Job, record: _Record) -> Generator[str, None, None]:
     """The loop. Not a method of `Stream`, so that a stream nobody holds any more is closed at once."""
     text, stops = Detokenizer(tokenizer, after=job.prompt), StopStrings(job.stops)
-    session = engine.session(len(job.prompt) + min(job.max_new_tokens, job.room))
+    capacity = len(job.prompt) + min(job.max_new_tokens, job.room)
+    session = engine.restore(job.resume.layers(), capacity) if job.resume else engine.session(capacity)
     try:
-        feed: Sequence[int] = job.prompt
+        if session.length == len(job.prompt):  # it was stopped before a token was drawn: take the last step again
+            session.truncate(session.length - 1)
+        feed: Sequence[int] = job.prompt[session.length :]
         while record.finish_reason is None:
             token = _next_token(engine, session, feed, job, record)
             feed = (token,)
@@ -134,6 +147,8 @@ def _pieces(engine: StepEngine, tokenizer: Tokenizer, job: Job, record: _Record)
             if piece:
                 yield piece
     finally:
+        if job.keep is not None and session.length:
+            job.keep(session, (*job.prompt, *record.tokens))
         session.close()
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from flashinfer.config import DEFAULT_NEW_TOKENS, SamplingConfig
 from flashinfer.errors import FlashInferError, PromptError, StoreError
 from flashinfer.generate.sampler import Floats, Sampler, check_sampling
+from flashinfer.generate.session_file import Conversation, load_conversation, save_conversation, store_id
 from flashinfer.generate.stop import StopStrings
 from flashinfer.generate.stream import Generation, Job, StepEngine, Stream
 from flashinfer.ledger import Ledger
 from flashinfer.memory import Plan
-from flashinfer.store import Facts
+from flashinfer.store import Facts, Store
 from flashinfer.text import GenerationDefaults, Tokenizer
 
 
@@ -23,6 +26,10 @@ class Engine(StepEngine, Protocol):
     @property
     def facts(self) -> Facts:
         """Shape of the model."""
+
+    @property
+    def store(self) -> Store:
+        """Where the weights come from."""
 
     @property
     def plan(self) -> Plan:
@@ -42,6 +49,9 @@ class Engine(StepEngine, Protocol):
 
     def logits(self, session: Any, tokens: list[int]) -> Floats:
         """Append `tokens` to the session; logits [tokens, vocab]."""
+
+    def save(self, session: Any) -> Iterator[Floats]:
+        """The session's keys and values by layer, for `restore`."""
 
     def check_cap(self) -> None:
         """Hold the process's peak memory against the cap. Raises CapExceededError."""
@@ -99,11 +109,12 @@ class TextModel:
         min_p: float | None = None,
         repetition_penalty: float | None = None,
         seed: int | None = None,
+        session: str | Path | None = None,
     ) -> Generation:
         """Generate to the end. Parameters and errors are those of `stream`."""
         stream = self.stream(
             prompt, max_new_tokens=max_new_tokens, stop=stop, temperature=temperature, top_k=top_k,
-            top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed,
+            top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, session=session,
         )  # fmt: skip
         for _ in stream:
             pass
@@ -121,14 +132,19 @@ class TextModel:
         min_p: float | None = None,
         repetition_penalty: float | None = None,
         seed: int | None = None,
+        session: str | Path | None = None,
     ) -> Stream:
         """Generate a continuation of `prompt` (text, or token ids) piece by piece.
+
+        session: a file the conversation is kept in. Where it exists, the prompt (which may then be empty) is added
+        to that conversation, and without a seed the sampler goes on where it stopped. Written when the stream ends.
 
         What is None comes from the checkpoint's generation_config.json: greedy unless that says
         `do_sample`; naming temperature, top_k, top_p or min_p asks for sampling.
 
         Raises:
-            PromptError: the prompt is empty or leaves no room in the context. At once, as the next:
+            PromptError: the prompt is empty or leaves no room in the context. At once, as the next two:
+            SessionError: the session file is damaged, or of another store.
             ValueError: a parameter is out of its range.
             FlashInferError: the model is closed; while reading: what the engine raises.
         """
@@ -136,7 +152,13 @@ class TextModel:
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
             repetition_penalty=repetition_penalty, seed=seed,
         )  # fmt: skip
-        job = self._job(self._prompt_tokens(prompt), max_new_tokens, stop, sampling)
+        past = self._conversation(session)
+        tokens = self._prompt_tokens(prompt) if past is None else self._continued(past, prompt)
+        job = self._job(tokens, max_new_tokens, stop, sampling)
+        if session is not None:
+            if past is not None and seed is None:
+                job.sampler.state = past.random
+            job = replace(job, resume=past, keep=self._keeper(Path(session), job.sampler))
         self._end_stream()
         stream = Stream(self._engine, self.tokenizer, job)
         self._stream = weakref.ref(stream)
@@ -188,6 +210,23 @@ class TextModel:
         StopStrings(stop)
         eos = frozenset(self._defaults.eos_ids or self.tokenizer.eos_ids)
         return Job(prompt, new, room, eos, tuple(stop), Sampler(sampling))
+
+    def _conversation(self, session: str | Path | None) -> Conversation | None:
+        if session is None or not Path(session).exists():
+            return None
+        return load_conversation(Path(session), store_id(self._engine.store.manifest))
+
+    def _continued(self, past: Conversation, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        """The conversation's tokens, with the prompt's at the end."""
+        more = self.tokenizer.encode(prompt, add_bos=False) if isinstance(prompt, str) else prompt
+        return self._checked((*past.tokens, *more))
+
+    def _keeper(self, path: Path, sampler: Sampler) -> Callable[[Any, tuple[int, ...]], None]:
+        def keep(session: Any, tokens: tuple[int, ...]) -> None:
+            store = store_id(self._engine.store.manifest)
+            save_conversation(path, store, tokens, sampler.state, self._engine.save(session))
+
+        return keep
 
     def _prompt_tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         if not isinstance(prompt, str):
