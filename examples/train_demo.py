@@ -273,6 +273,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    torch.set_flush_denormal(True)  # momentum of neurons that stopped firing decays into numbers that are slow to add
     args.out.mkdir(parents=True, exist_ok=True)
     shape = Shape()
     if not (args.out / "tokenizer.model").exists():

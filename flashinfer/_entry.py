@@ -12,6 +12,10 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 MARKER = '__distribution__ = "flashinfer-offload"'
 """The line of our `flashinfer/__init__.py` that theirs does not have."""
@@ -36,19 +40,29 @@ def _interrupt(signal_number: int, frame: FrameType | None) -> None:
     raise _Interrupt
 
 
+def _unraisable(unraisable: UnraisableHookArgs) -> None:
+    """An interruption that struck in a callback, where Python drops it, comes again a moment later."""
+    if unraisable.exc_type is _Interrupt:
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 def main() -> int:
     """The `flashinfer` and `flashinfer-offload` commands: exit status 1 with one line where shadowed."""
     heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a background job ignores it
+    signals = (signal.SIGINT, signal.SIGALRM) if heeded and hasattr(signal, "setitimer") else ()
     try:
-        if heeded:
-            signal.signal(signal.SIGINT, _interrupt)
+        for number in signals:
+            signal.signal(number, _interrupt)
+            sys.unraisablehook = _unraisable
         return _run()
     except KeyboardInterrupt:  # before the command line could say so
         print("flashinfer: interrupted", file=sys.stderr)
         return 1
     finally:
-        if heeded:  # the outcome is decided: let nothing disturb the interpreter's exit
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in signals:  # the outcome is decided: let nothing disturb the interpreter's exit
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _run() -> int:

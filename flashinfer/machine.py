@@ -5,14 +5,20 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import platform
 import resource
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from flashinfer.errors import CapTooLargeError
+from flashinfer.units import format_size, parse_cap_size
+
 _V1 = Path("/sys/fs/cgroup/memory")
 _V2 = Path("/sys/fs/cgroup")
+_LIMIT_FILES = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes"), 2: ("memory.max", "memory.current")}
 _NO_LIMIT = 1 << 60
 _M_MMAP_THRESHOLD = -3
 _MMAP_THRESHOLD = 128 * 1024
@@ -46,31 +52,90 @@ def device_bytes_read() -> int | None:
 def usable_memory() -> int:
     """Bytes this process may grow to: what is available, and no more than its memory cgroup's limit."""
     available = int(psutil.virtual_memory().available)
-    return min(available + resident_bytes(), _cgroup_limit())
+    return min([available + resident_bytes(), *(limit.bytes for limit in memory_limits())])
 
 
-def _cgroup_limit() -> int:
-    """The tightest limit from this process's cgroup up to the root (v1 and v2)."""
+def usable_reason() -> str:
+    """`usable_memory` for people, and what bounds it."""
+    usable = usable_memory()
+    tight = [limit.file for limit in memory_limits() if limit.bytes <= usable]
+    return f"this process may use {format_size(usable)}" + (f" (the limit in {tight[0]})" if tight else "")
+
+
+def memory_cap(text: int | str) -> int:
+    """A `--memory` cap in bytes: a size, or a share of the usable memory (`50%`).
+
+    Raises:
+        ValueError: no size, nothing, or a share above 100 %.
+        CapTooLargeError: more than this process may use; says how much that is.
+    """
+    usable = usable_memory()
+    size = parse_cap_size(text, usable)
+    if size > usable:
+        raise CapTooLargeError(
+            f"a memory cap of {format_size(size)} cannot be kept: {usable_reason()}; lower the cap, or free memory",
+            usable,
+        )
+    return size
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """A cgroup's limit: which file says it, of which version, and bytes the cgroup uses now (None: not told)."""
+
+    file: Path
+    version: int
+    bytes: int
+    used: int | None
+
+
+def memory_limits() -> list[MemoryLimit]:
+    """The memory limits from this process's cgroup up to the root (v1 and v2), the tightest first."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
-        return _NO_LIMIT
-    limit = _NO_LIMIT
+        return []
+    limits = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
-        root, name = (_V2, "memory.max") if not controllers else (_V1, "memory.limit_in_bytes")
+        version, root = (1, _V1) if controllers else (2, _V2)
+        name, used = _LIMIT_FILES[version]
         here = root / path.lstrip("/")
         for folder in (here, *here.parents):
-            try:
-                text = (folder / name).read_text().strip()
-            except OSError:
-                text = "max"
-            limit = min(limit, int(text) if text.isdigit() else _NO_LIMIT)
+            limit = _number_in(folder / name)
+            if limit is not None and limit < _NO_LIMIT:
+                limits.append(MemoryLimit(folder / name, version, limit, _number_in(folder / used)))
             if folder == root:
                 break
-    return limit
+    return sorted(limits, key=lambda limit: limit.bytes)
+
+
+def _number_in(file: Path) -> int | None:
+    """The number in a file of the kernel; None where there is no file, or a word (`max`)."""
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def processor_name() -> str:
+    """The processor as its maker calls it; `unknown` where the system does not tell."""
+    for line in cpu_info():
+        name, _, value = line.partition(":")
+        if name.strip() in ("model name", "Model", "Hardware"):
+            return value.strip()
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def cpu_info() -> list[str]:
+    """The lines of /proc/cpuinfo; none where it is missing."""
+    try:
+        return Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def compute_threads() -> int:

@@ -56,7 +56,9 @@ class HuggingFaceCheckpoint:
     def __init__(self, root: Path) -> None:
         self.path = root
         if not (root / "config.json").is_file():
-            raise CheckpointError(f"{root} has no config.json: it is not a Hugging Face checkpoint")
+            raise CheckpointError(
+                f"{root} has no config.json: it is not a Hugging Face checkpoint; give the directory of one"
+            )
         self.config: Mapping[str, Any] = _read_json(root / "config.json")
         self.text: Mapping[str, Path] = {n: root / n for n in TEXT_FILES if (root / n).is_file()}
         shards = _shards(root)

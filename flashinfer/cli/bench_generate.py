@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flashinfer.cli.options import MemoryOption, WeightMemoryOption, parse_cap
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -19,8 +21,8 @@ PROMPT = "Once upon a time, in a village by the sea, there lived an old clock ma
 
 def command(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="Weight store, as written by `flashinfer pack`.")],
-    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Cap on the whole process.")] = None,
-    weight_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Instead: cap on weights.")] = None,
+    memory: MemoryOption = None,
+    weight_memory: WeightMemoryOption = None,
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="The text to continue.")] = PROMPT,
     tokens: Annotated[int, typer.Option("-n", min=1, help="Tokens to decode in each run.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 3,
@@ -33,7 +35,6 @@ def command(
     from rich.console import Console
 
     from flashinfer.bench.generate import compare, summary
-    from flashinfer.cli.options import parse_cap
     from flashinfer.config import RunConfig
     from flashinfer.store import open_store
     from flashinfer.text import load_tokenizer
@@ -57,16 +58,17 @@ def command(
 
 
 def comparison_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    """One row per setting of `bench.generate.summary`."""
+    """One row per setting of `bench.generate.summary`; it fits 80 columns."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from flashinfer.units import format_size
 
-    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title_justify="left")
-    for name in ("mode", "objective"):
+    title = f"{title}; times in ms"
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
+    for name in ("mode", "for"):
         table.add_column(name, no_wrap=True)
-    for name in ("DRAM", "read/token", "hits", "I/O ms", "mgmt ms", "CPU ms", "tokens/s"):
+    for name in ("DRAM", "read", "hits", "I/O", "mgmt", "CPU", "tokens/s"):
         table.add_column(name, justify="right", no_wrap=True)
     for r in rows:
         times = (f"{r[name]:.1f}" for name in ("io_wait_ms", "management_ms", "compute_ms", "tokens_per_second"))

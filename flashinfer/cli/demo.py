@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PROMPT = "Once upon a time, there was a little girl named Lily. She"
+MEASURED = 64
+"""Tokens every mode decodes for the tables, where no fewer are written."""
 
 
 def command(
@@ -42,10 +44,10 @@ def command(
                 out.print(piece, end="", markup=False)
             out.print("\n")
             ids = model.tokenizer.encode(prompt)
-        _compare(out, err, store, ids, size)
+        _compare(out, err, store, ids, size, min(tokens, MEASURED))
 
 
-def _compare(out: Console, err: Console, store: Path, ids: list[int], size: int) -> None:
+def _compare(out: Console, err: Console, store: Path, ids: list[int], size: int, tokens: int) -> None:
     from flashinfer.bench.generate import COMPARISON, Setting, compare, summary
     from flashinfer.cli.bench_generate import comparison_table, kernel_check
     from flashinfer.config import Cap, RunConfig
@@ -56,12 +58,12 @@ def _compare(out: Console, err: Console, store: Path, ids: list[int], size: int)
         def measure(share: float, settings: tuple[Setting, ...]) -> list[dict[str, Any]]:
             cap = Cap(weight_memory=int(share * size))
             status.update(f"measuring under {format_size(share * size)}")
-            samples = compare(store, ids, tokens=64, rounds=1, run=RunConfig(), cap=cap, settings=settings)
+            samples = compare(store, ids, tokens=tokens, rounds=1, run=RunConfig(), cap=cap, settings=settings)
             return [summary(s) for s in samples]
 
         half = measure(0.5, COMPARISON)
         more = measure(0.75, COMPARISON[:2])
-    about = f"64 tokens, {format_size(size)} of weights"
+    about = f"{tokens} tokens, {format_size(size)} of weights"
     out.print(comparison_table(half, f"{about}, at most {format_size(size / 2)} of them in memory; per token"))
     out.print(comparison_table(more, f"{about}, at most {format_size(0.75 * size)} of them in memory; per token"))
     out.print(kernel_check(half + more))

@@ -120,7 +120,7 @@ def _check_shape(
         wanted = f"{list(expected)} = [{', '.join(pattern.shape)}] was expected"
         raise LayoutError(
             f"tensor {name} has shape {list(shape)}, {wanted} by layout {layout.family} and config.json: "
-            "they do not belong together"
+            "they do not belong together; download both again"
         )
 
 

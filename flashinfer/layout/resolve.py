@@ -45,7 +45,9 @@ class Resolver:
             raise self._unfit(what)
 
     def _unfit(self, what: str) -> LayoutError:
-        return LayoutError(f"config.json does not fit layout {self.layout.family}: {what}")
+        return LayoutError(
+            f"config.json does not fit layout {self.layout.family}: {what}; correct it, or see docs/layouts.md"
+        )
 
     def value(self, name: str) -> Any:
         """Value of a fact; computed once."""

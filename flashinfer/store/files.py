@@ -28,7 +28,7 @@ def writing(path: Path) -> Iterator[None]:
                 f"the disk filled up while writing {path} ({e.strerror}); nothing was kept: "
                 "free some space, then run again"
             ) from e
-        raise StoreError(f"writing {path} failed: {e.strerror or e}") from e
+        raise StoreError(f"writing {path} failed: {e.strerror or e}; choose a directory that can be written to") from e
 
 
 class HashedFile:

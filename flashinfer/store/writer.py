@@ -78,7 +78,9 @@ class StoreWriter:
         if not self.force:
             raise StoreError(f"{self.target} already exists; choose another name, or replace it with --force")
         if not (self.target / MANIFEST_NAME).is_file():
-            raise StoreError(f"{self.target} exists and is not a weight store; --force replaces only a store")
+            raise StoreError(
+                f"{self.target} exists and is not a weight store, which is all --force replaces; choose another name"
+            )
 
 
 @contextlib.contextmanager

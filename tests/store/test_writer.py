@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -241,3 +242,21 @@ def test_interrupted_process(place, checkpoint, sent):
     pack(checkpoint, place / "model.flash")
     assert is_whole(place / "model.flash")
     assert [p.name for p in place.iterdir()] == ["model.flash"]
+
+
+def test_stopped_while_the_old_store_is_removed(place, checkpoint, monkeypatch):
+    target, remove = place / "model.flash", shutil.rmtree
+    pack(checkpoint, target)
+    stops = iter([Stopped()])
+
+    def stopped_once(path: Path, **options: bool) -> None:
+        if (stop := next(stops, None)) is not None:
+            raise stop
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", stopped_once)
+    with pytest.raises(Stopped):
+        pack(checkpoint, target, quant="f16", force=True)
+    assert [path.name for path in place.iterdir()] == ["model.flash"]
+    assert is_whole(target)
+    assert open_store(target).manifest.tensors["embed.weight"].codec == "f16"
