@@ -1,0 +1,11 @@
+"""Synthetic checkpoints whose forward pass shows planted statistics; method and results in `README.md` here.
+
+python benchmarks/synthetic.py make SHAPE OUT [--activation relu|silu] [--layers N] [--sparsity 0.95] [--seed 0]
+python benchmarks/synthetic.py measure CHECKPOINT_OR_STORE [--text FILE] [--tokens 200] [--json]
+python benchmarks/synthetic.py ids CHECKPOINT_OR_STORE [--text FILE] [--tokens 200]
+"""
+
+from planted.cli import main
+
+if __name__ == "__main__":
+    main()
