@@ -103,6 +103,7 @@ class RunConfig:
 
     io: IoConfig = IoConfig()
     cache: CacheConfig = CacheConfig()
+    rates: Rates = Rates()
     threads: int = 0
     """Compute threads; 0 means the cores this process may run on."""
     prefill_chunk: int = 128

@@ -12,15 +12,16 @@ import numpy.typing as npt
 
 from flashinfer import machine
 from flashinfer.backend import Buffer, open_backend
-from flashinfer.config import Cap, RunConfig
-from flashinfer.errors import CapExceededError, FlashInferError, PromptError, SessionError
+from flashinfer.config import Cap, DiskCurve, Rates, RunConfig
+from flashinfer.errors import CapExceededError, CapTooSmallError, FlashInferError, PromptError, SessionError
 from flashinfer.io import Reader, open_reader
 from flashinfer.ledger import Ledger
-from flashinfer.memory import Mode, Plan, Request, resolve
+from flashinfer.memory import Mode, Plan, Request, conditions_of, resolve
 from flashinfer.model.decoder import Decoder
 from flashinfer.model.rows import Rows, decode_row, prefill_rows
 from flashinfer.model.streamed import StreamedWeights
-from flashinfer.store import Facts, Store, open_store
+from flashinfer.speed import Prediction, predict
+from flashinfer.store import Facts, Manifest, Store, open_store
 from flashinfer.units import MIB, format_size
 
 Floats = npt.NDArray[np.float32]
@@ -77,11 +78,11 @@ class Model:
         weights: StreamedWeights,
         decoder: Decoder,
         ledger: Ledger,
-        chunk: int,
+        request: Request,
     ) -> None:
         self.store, self.plan, self.ledger = store, plan, ledger
         self.facts: Facts = store.manifest.facts
-        self._reader, self._weights, self._decoder, self._chunk = reader, weights, decoder, chunk
+        self._reader, self._weights, self._decoder, self._request = reader, weights, decoder, request
         self._closed = False
 
     @classmethod
@@ -106,22 +107,11 @@ class Model:
         machine.return_freed_memory()
         store = open_store(Path(path))
         manifest = store.manifest
-        threads = run.threads or (machine.compute_threads() if manifest.weight_bytes() > SMALL_MODEL else 1)
-        if cap == UNCAPPED:
-            cap = Cap(memory=int(machine.usable_memory() * SAFE_SHARE))
-        backend = open_backend(device, threads)
+        backend = open_backend(device, threads_for(manifest, run))
         reader = open_reader([store.path_of(manifest.dense), store.path_of(manifest.neurons)], run.io)
         try:
-            request = Request(
-                context=_context(manifest.facts, context),
-                threads=threads,
-                alignment=reader.alignment,
-                baseline=machine.resident_bytes(),
-                run=run,
-                cap=cap,
-                mode=mode,
-            )
-            plan = resolve(manifest, request)
+            request = request_for(manifest, reader, cap, context=context, run=run, mode=mode)
+            plan = resolve_cap(manifest, request, asked=cap != UNCAPPED)
             geometries = [store.geometry(i) for i in range(manifest.facts.num_layers)]
             ledger = Ledger()
             with ledger.phase(ledger.load, 0):
@@ -131,7 +121,7 @@ class Model:
             reader.close()
             backend.close()
             raise
-        return cls(store, plan, reader, weights, decoder, ledger, run.prefill_chunk)
+        return cls(store, plan, reader, weights, decoder, ledger, request)
 
     def session(self, capacity: int | None = None) -> Session:
         """A new, empty session for up to `capacity` tokens (default, and at most: the plan's context).
@@ -214,7 +204,7 @@ class Model:
     def _chunks(self, start: int, count: int) -> list[Rows]:
         if count == 1:
             return [decode_row(start)]
-        step = self._chunk
+        step = self._request.run.prefill_chunk
         return [prefill_rows(start + i, min(step, count - i)) for i in range(0, count, step)]
 
     def _check_open(self) -> None:
@@ -247,6 +237,12 @@ class Model:
                 "please report this with the output of --json"
             )
 
+    def predict(self, disk: DiskCurve, rates: Rates, *, prompt_tokens: int) -> Prediction:
+        """How fast this model should be under its plan, on such a disk and machine."""
+        return predict(
+            conditions_of(self.store.manifest, self._request, disk, rates), self.plan, prompt_tokens=prompt_tokens
+        )
+
     @property
     def effective_window(self) -> int:
         """How many of the last tokens have all their neurons in the slots, at most the window asked for."""
@@ -271,6 +267,46 @@ class Model:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def threads_for(manifest: Manifest, run: RunConfig) -> int:
+    """Compute threads: as asked, else all cores for a model that is worth it."""
+    return run.threads or (machine.compute_threads() if manifest.weight_bytes() > SMALL_MODEL else 1)
+
+
+def request_for(
+    manifest: Manifest, reader: Reader, cap: Cap, *, context: int | None, run: RunConfig, mode: Mode = "cached"
+) -> Request:
+    """What the resolver is asked, of this process as it is now: what it holds already counts against the cap.
+
+    Raises:
+        PromptError: a context beyond the model's.
+    """
+    if cap == UNCAPPED:
+        cap = Cap(memory=int(machine.usable_memory() * SAFE_SHARE))
+    return Request(
+        context=_context(manifest.facts, context),
+        threads=threads_for(manifest, run),
+        alignment=reader.alignment,
+        baseline=machine.resident_bytes(),
+        run=run,
+        cap=cap,
+        mode=mode,
+    )
+
+
+def resolve_cap(manifest: Manifest, request: Request, *, asked: bool) -> Plan:
+    """As `memory.resolve`; where nobody asked for the cap, the error says where it comes from."""
+    try:
+        return resolve(manifest, request)
+    except CapTooSmallError as e:
+        if asked:
+            raise
+        raise CapTooSmallError(
+            f"this model needs at least {format_size(e.floor)} ({e.floor} bytes) and {machine.usable_reason()}, "
+            f"of which {SAFE_SHARE:.0%} are taken when no cap is given; free memory, or raise the limit",
+            e.floor,
+        ) from None
 
 
 def _context(facts: Facts, asked: int | None) -> int:

@@ -8,6 +8,7 @@
     │   └── StoreBusyError     another writer holds its lock
     ├── DiskFullError          not enough room on the disk for what was asked
     ├── CapTooSmallError       the memory cap lies below the floor; `.floor` says it
+    ├── CapTooLargeError       the memory cap lies above what this process may use; `.usable` says it
     ├── CapExceededError       the process grew past the cap it promised to keep (our bug; never hidden)
     ├── PromptError            the prompt is empty or does not fit the context
     ├── SessionError           a session file is damaged, or belongs to another store
@@ -72,6 +73,18 @@ class CapTooSmallError(FlashInferError):
 
     def __init__(self, message: str, floor: int) -> None:
         self.floor = floor
+        super().__init__(message)
+
+
+class CapTooLargeError(FlashInferError):
+    """The memory cap is more than this process may use, so that it would bound nothing.
+
+    Attributes:
+        usable: the largest cap that would be accepted now, in bytes.
+    """
+
+    def __init__(self, message: str, usable: int) -> None:
+        self.usable = usable
         super().__init__(message)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import os
 import platform
 import resource
@@ -16,6 +17,7 @@ import psutil
 from flashinfer.errors import CapTooLargeError
 from flashinfer.units import format_size, parse_cap_size
 
+_OWN_CGROUP = Path("/proc/self/cgroup")
 _V1 = Path("/sys/fs/cgroup/memory")
 _V2 = Path("/sys/fs/cgroup")
 _LIMIT_FILES = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes"), 2: ("memory.max", "memory.current")}
@@ -71,7 +73,7 @@ def memory_cap(text: int | str) -> int:
     """
     usable = usable_memory()
     size = parse_cap_size(text, usable)
-    if size > usable:
+    if size - usable >= mmap.PAGESIZE:  # the kernel keeps limits in whole pages
         raise CapTooLargeError(
             f"a memory cap of {format_size(size)} cannot be kept: {usable_reason()}; lower the cap, or free memory",
             usable,
@@ -92,7 +94,7 @@ class MemoryLimit:
 def memory_limits() -> list[MemoryLimit]:
     """The memory limits from this process's cgroup up to the root (v1 and v2), the tightest first."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = _OWN_CGROUP.read_text().splitlines()
     except OSError:
         return []
     limits = []

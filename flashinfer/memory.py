@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 from flashinfer.config import (
@@ -15,16 +17,32 @@ from flashinfer.config import (
     TILE_TOKENS,
     Cap,
     DiskCurve,
+    Rates,
     RunConfig,
 )
 from flashinfer.errors import CapTooSmallError
 from flashinfer.io.plan import worst_case_bytes
+from flashinfer.speed import (
+    TABLES,
+    Conditions,
+    Cost,
+    firing_of,
+    lookup_cost,
+    matrix_cost,
+    multiplied,
+    neurons_cost,
+    step_cost,
+)
 from flashinfer.store import Facts, Manifest
-from flashinfer.store.geometry import ASSUMED_DENSITY, expected_seconds, round_up
+from flashinfer.store.geometry import round_up
 from flashinfer.units import MIB, format_size
 
-LIBRARY_GROWTH = 48 * MIB
-"""Allowance for what libraries allocate after the baseline was measured: stacks, pools, tokenizer tables."""
+LIBRARY_GROWTH = 32 * MIB
+"""Allowance for what libraries allocate after the baseline was measured: stacks, pools, tokenizer tables. Growth
+beyond the other parts was at most 12 MiB in 13 runs with 1 to 8 threads."""
+
+SLOT_STEPS = 64
+"""Steps in which slots are weighed against matrices."""
 
 Mode = Literal["cached", "always-miss", "naive"]
 
@@ -91,32 +109,65 @@ class Request:
 
 @dataclass(frozen=True)
 class _Want:
-    """Something worth keeping in DRAM: seconds per token it saves for each byte."""
+    """Something worth keeping in DRAM: what it saves per token (see `_price`) for each byte.
+
+    Slots (role "slots") are wanted in steps, each up to a `share` of every layer's records.
+    """
 
     value: float
     bytes: int
     role: str
+    share: float = 0.0
 
 
 def resolve(manifest: Manifest, request: Request) -> Plan:
-    """The plan under the cap: first what cannot be left out, then by seconds saved per byte.
+    """The plan under the cap that is predicted fastest (`speed`).
+
+    Compared are: every matrix kept or some streamed, each with read buffers of every size; the rest of the cap is
+    spent by seconds saved per byte. None of these gets slower with a larger cap, so neither does the best of them.
 
     Raises:
         CapTooSmallError: the cap lies below the floor, which the error names.
     """
-    for streams_dense in (False, True):
-        least = _least(manifest, request, streams_dense=streams_dense)
-        # Small read buffers are slow, but not as slow as reading a matrix again for every token: so they are
-        # tried before giving up on keeping every matrix.
-        for start in (_grow_staging(least, request), least):
-            plan = _spend(manifest, request, start)
-            if plan.total <= plan.cap and (streams_dense or _all_matrices(manifest) <= plan.resident):
-                return plan
+    # the planner's own figures, so that the same cap always gives the same plan
+    c = conditions_of(manifest, request, request.run.io.disk, request.run.rates)
+    plans = [plan for start, must in _starts(manifest, request) if (plan := _spend(c, start, must)).total <= plan.cap]
+    if plans:
+        return min(plans, key=lambda plan: sum(_price(c, cost) for cost in step_cost(c, plan, 1)))
+    least = _least(manifest, request, streams_dense=True)
     raise CapTooSmallError(
         f"a {least.cap_kind} cap of {format_size(least.cap)} is below the floor of {format_size(least.total)} "
         f"({least.total} bytes) for this model{_advice(least)}",
         least.total,
     )
+
+
+def conditions_of(manifest: Manifest, request: Request, disk: DiskCurve, rates: Rates) -> Conditions:
+    """Under which a plan for this request is judged, on such a disk and machine."""
+    return Conditions(manifest, request.run, request.alignment, request.mode, disk, rates, firing_of(manifest))
+
+
+def _price(c: Conditions, cost: Cost) -> float:
+    """What is to be least, by the objective: seconds, or bytes read."""
+    return cost.seconds if c.run.io.objective == "time" else cost.read
+
+
+def _starts(m: Manifest, r: Request) -> list[tuple[Plan, frozenset[str]]]:
+    """Plans that keep nothing yet, and what each must keep. Of equals the first counts: no stream, large buffers."""
+    starts = []
+    for streams_dense in (True,) if r.mode == "naive" else (False, True):
+        least = _least(m, r, streams_dense=streams_dense)
+        half = r.run.staging // FILE_ALIGNMENT * FILE_ALIGNMENT
+        while half > max(least.neuron_staging, least.dense_staging):
+            starts.append((_with_staging(least, half), frozenset() if streams_dense else _all_matrices(m)))
+            half = half // 2 // FILE_ALIGNMENT * FILE_ALIGNMENT
+        starts.append((least, frozenset() if streams_dense else _all_matrices(m)))
+    return starts
+
+
+def _with_staging(least: Plan, half: int) -> Plan:
+    dense = half if least.dense_staging else 0
+    return replace(least, neuron_staging=half, dense_staging=dense, weight_staging=2 * (half + dense))
 
 
 def _advice(least: Plan) -> str:
@@ -127,8 +178,7 @@ def _advice(least: Plan) -> str:
 
 def _all_matrices(m: Manifest) -> frozenset[str]:
     """Matrices that are multiplied with (tables that are only looked up aside)."""
-    tables = {"embed.positions"} | (set() if m.facts.tied_head else {"embed.weight"})
-    return frozenset(name for name, t in m.tensors.items() if len(t.shape) == 2 and name not in tables)
+    return frozenset(multiplied(m))
 
 
 def _least(m: Manifest, r: Request, *, streams_dense: bool) -> Plan:
@@ -186,52 +236,59 @@ def _worst_tile_bytes(m: Manifest, alignment: int) -> int:
     return max(worst_case_bytes(min(TILE_NEURONS, n.records), n.record_bytes, alignment) for n in m.layers)
 
 
-def _spend(m: Manifest, r: Request, plan: Plan) -> Plan:
-    """Spend what the plan leaves of the cap on wants, by value."""
-    if r.mode == "naive":
-        return plan
-    free, resident, slots_at_end = plan.cap - plan.total, set[str](), plan.slots
-    slot_bytes = 0
-    for want in sorted(_wants(m, r), key=lambda w: (-w.value, w.bytes, w.role)):
+def _spend(c: Conditions, plan: Plan, must: frozenset[str]) -> Plan:
+    """Spend what the plan leaves of the cap: on what must stay (it may exceed the cap), then on wants, by value."""
+    m, resident = c.manifest, set(must)
+    free = plan.cap - plan.total - sum(_dense_area(m.tensors[name].bytes) for name in must)
+    slots, slot_bytes = plan.slots, 0
+    for want in sorted(_wants(c, plan, must), key=lambda w: (-w.value, w.bytes, w.role)) if free > 0 else ():
         if want.role == "slots":
-            slots_at_end = _slots_for(m, free)
-            slot_bytes = sum(_slot_area(n, layer.record_bytes) for n, layer in zip(slots_at_end, m.layers, strict=True))
-            free -= slot_bytes
+            slots, before = _slots_for(m, free + slot_bytes, want.share), slot_bytes
+            slot_bytes = sum(_slot_area(n, layer.record_bytes) for n, layer in zip(slots, m.layers, strict=True))
+            free += before - slot_bytes
+            if slots != _share_of(m, want.share):
+                break  # crumbs between slots, which a larger cap would not have: nothing may depend on them
         elif want.bytes <= free:
             resident.add(want.role)
             free -= want.bytes
     kept = sum(_dense_area(m.tensors[name].bytes) for name in resident)
-    return replace(
-        plan, weight_resident=kept, weight_slots=slot_bytes, resident=frozenset(resident), slots=slots_at_end
-    )
+    return replace(plan, weight_resident=kept, weight_slots=slot_bytes, resident=frozenset(resident), slots=slots)
 
 
-def _grow_staging(plan: Plan, r: Request) -> Plan:
-    """Give each half of the read buffers up to 1/32 of the cap, where that is more than the least."""
-    half = min(r.run.staging, plan.cap // 32) // FILE_ALIGNMENT * FILE_ALIGNMENT
-    neuron = max(plan.neuron_staging, half)
-    dense = max(plan.dense_staging, half) if plan.dense_staging else 0
-    grown = replace(plan, neuron_staging=neuron, dense_staging=dense, weight_staging=2 * (neuron + dense))
-    return grown if grown.total <= grown.cap else plan
-
-
-def _wants(m: Manifest, r: Request) -> list[_Want]:
-    """Everything that could be resident, with what a byte of it saves."""
-    disk = r.run.io.disk if r.run.io.objective == "time" else DiskCurve(0.0, r.run.io.disk.bytes_per_s)
-    multiplied = _all_matrices(m)
+def _wants(c: Conditions, plan: Plan, must: frozenset[str]) -> list[_Want]:
+    """Everything that could be resident, with what a byte of it saves; nothing for the mode that keeps nothing."""
+    if c.mode == "naive":
+        return []
+    m, products = c.manifest, _all_matrices(c.manifest)
+    kept = replace(plan, resident=frozenset(m.tensors))
     wants = []
     for name, t in m.tensors.items():
-        if len(t.shape) == 2:
+        if len(t.shape) == 2 and name not in must:
+            costs = [lookup_cost(c, name, p, 1) if name in TABLES else Cost() for p in (plan, kept)]
+            if name in products:
+                costs = [cost + matrix_cost(c, name, p, 1) for cost, p in zip(costs, (plan, kept), strict=True)]
             size = _dense_area(t.bytes)
-            row = disk.per_read_s + t.bytes / t.shape[0] / disk.bytes_per_s
-            wants.append(_Want(1 / disk.bytes_per_s if name in multiplied else row / size, size, name))
-    if r.mode == "cached":
-        density = ASSUMED_DENSITY if m.facts.sparse else 1.0
-        layer = m.layers[0]
-        saved = expected_seconds(layer.bundle_bytes, layer.bundles_per_record, m.alignment, density, disk)
-        per_byte = saved / (layer.record_bytes / layer.bundles_per_record)
-        wants.append(_Want(per_byte, sum(layer.bytes for layer in m.layers), "slots"))
+            wants.append(_Want((_price(c, costs[0]) - _price(c, costs[1])) / size, size, name))
+    if c.mode == "cached":
+        wants += _slot_wants(c, plan)
     return wants
+
+
+def _slot_wants(c: Conditions, plan: Plan) -> list[_Want]:
+    """Slots in steps of falling value: the concave hull of what they save, so that no step waits for a better one."""
+    n, total = c.manifest.layers[0], sum(layer.bytes for layer in c.manifest.layers)
+    counts = sorted({-(-n.records * i // SLOT_STEPS) for i in range(SLOT_STEPS + 1)})
+    price = {count: _price(c, neurons_cost(c, n, count, plan.neuron_staging, 1)) for count in counts}
+
+    def slope(a: int, b: int) -> float:
+        return (price[a] - price[b]) / ((b - a) * n.record_bytes)
+
+    hull: list[int] = []
+    for count in counts:
+        while len(hull) > 1 and slope(hull[-2], hull[-1]) <= slope(hull[-1], count):
+            hull.pop()
+        hull.append(count)
+    return [_Want(slope(a, b), total * b // n.records, "slots", b / n.records) for a, b in pairwise(hull)]
 
 
 def _dense_area(size: int) -> int:
@@ -243,9 +300,16 @@ def _slot_area(slots: int, record_bytes: int) -> int:
     return round_up(slots * record_bytes, FILE_ALIGNMENT)
 
 
-def _slots_for(m: Manifest, free: int) -> tuple[int, ...]:
-    """Slots per layer within `free` bytes: the same share of every layer's records."""
-    total = sum(_slot_area(layer.records, layer.record_bytes) for layer in m.layers)
+def _share_of(m: Manifest, share: float) -> tuple[int, ...]:
+    """That share of every layer's records."""
+    return tuple(min(layer.records, math.ceil(layer.records * share)) for layer in m.layers)
+
+
+def _slots_for(m: Manifest, free: int, most: float) -> tuple[int, ...]:
+    """Slots per layer within `free` bytes: the same share of every layer's records, at most `most`."""
+    wanted = _share_of(m, most)
+    if sum(_slot_area(n, layer.record_bytes) for n, layer in zip(wanted, m.layers, strict=True)) <= free:
+        return wanted
     usable = max(0, free - len(m.layers) * FILE_ALIGNMENT)
-    share = 1.0 if total <= free else usable / total
-    return tuple(min(layer.records, int(layer.records * share)) for layer in m.layers)
+    share = usable / sum(layer.bytes for layer in m.layers)
+    return tuple(min(n, int(layer.records * share)) for n, layer in zip(wanted, m.layers, strict=True))

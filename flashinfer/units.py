@@ -10,6 +10,7 @@ _SCALE = {
     "": 1, "b": 1, "k": 1000, "kb": 1000, "m": 1000**2, "mb": 1000**2, "g": 1000**3, "gb": 1000**3,
     "t": 1000**4, "tb": 1000**4, "kib": KIB, "mib": MIB, "gib": GIB, "tib": 1024**4,
 }  # fmt: skip
+_SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
@@ -26,6 +27,24 @@ def parse_size(text: str | int) -> int:
     if match is None or scale is None:
         raise ValueError(f"{text!r} is not a size; write e.g. 4GiB, 512MB or 1073741824")
     return int(float(match[1]) * scale)
+
+
+def parse_cap_size(text: str | int, whole: int | None = None) -> int:
+    """Bytes of a cap: as `parse_size`, but not nothing; also `"50%"`, a share of `whole`, where that is given.
+
+    Raises:
+        ValueError: the text is no size and no share, or says 0, or more than 100 %.
+    """
+    if isinstance(text, str) and (share := _SHARE.fullmatch(text)):
+        if whole is None:
+            raise ValueError(f"{text!r} is a share of the machine's memory, which only --memory takes; write e.g. 2GiB")
+        if not 0 < float(share[1]) <= 100:
+            raise ValueError(f"{text!r} is no share of the memory; write more than 0% and at most 100%")
+        return int(whole * float(share[1]) / 100)
+    size = parse_size(text)
+    if size < 1:
+        raise ValueError(f"a cap of {text!r} holds nothing; write e.g. 4GiB or 50%")
+    return size
 
 
 def format_size(count: float) -> str:

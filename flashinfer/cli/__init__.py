@@ -26,8 +26,10 @@ COMMANDS: Final = {
     "pack": "Rewrite a checkpoint as a weight store.",
     "inspect": "Show what is in a weight store.",
     "verify": "Check every checksum of a weight store.",
+    "plan": "Say where each byte of a memory cap goes, and how fast that will be.",
     "generate": "Continue a prompt under a memory cap.",
     "bench": "Measure the disk, generation and the cache.",
+    "doctor": "Look at this machine and at the place of a store.",
 }
 """Name and short help of every command, in the order of `--help`."""
 

@@ -11,13 +11,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashinfer.cli.options import LogLevelOption, parse_cap, set_log_level, usage_errors
+from flashinfer.cli.options import (
+    LogLevelOption,
+    MemoryOption,
+    WeightMemoryOption,
+    parse_cap,
+    set_log_level,
+    usage_errors,
+)
 from flashinfer.config import DEFAULT_NEW_TOKENS, CacheConfig, IoConfig, RunConfig
-from flashinfer.errors import PromptError
+from flashinfer.errors import FlashInferError, PromptError
 from flashinfer.units import format_size
 
 if TYPE_CHECKING:
+    from flashinfer.bench.promise import Basis
     from flashinfer.generate import Generation, Stream, TextModel
+    from flashinfer.speed import Prediction
     from flashinfer.text import Tokenizer
 
 SCHEMA_VERSION = 1
@@ -51,13 +60,8 @@ def command(
     max_new_tokens: Annotated[
         int, typer.Option("-n", "--max-new-tokens", min=1, help="Most tokens to generate.")
     ] = DEFAULT_NEW_TOKENS,
-    memory: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Cap on the whole process, e.g. 4GiB. (without a cap: what is free)"),
-    ] = None,
-    weight_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Instead: cap on memory that holds weights.")
-    ] = None,
+    memory: MemoryOption = None,
+    weight_memory: WeightMemoryOption = None,
     context: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens of prompt and continuation together. (default: what the prompt and -n need)"),
@@ -112,9 +116,11 @@ def command(
     ) as model:  # fmt: skip
         stream = model.stream(text, max_new_tokens=max_new_tokens, stop=stops, session=session, **sampling)
         result = _drain(stream) if as_json else _print_pieces(stream)
+        basis = _basis(store, threads)
+        predicted = model.predict(basis.disk, basis.rates, prompt_tokens=len(result.prompt_tokens))
         if as_json:
-            print(json.dumps(_report(model, result), ensure_ascii=False))
-        print(summary(model, result), file=sys.stderr)
+            print(json.dumps(_report(model, result, predicted, basis), ensure_ascii=False))
+        print(summary(model, result, predicted, basis), file=sys.stderr)
         model.check_cap()
 
 
@@ -145,19 +151,38 @@ def read_prompt(prompt: str | None, file: Path | None, *, optional: bool = False
     return prompt
 
 
-def summary(model: TextModel, result: Generation) -> str:
-    """One line: speed, bytes read per token, hit rate and peak memory of a run."""
+def summary(model: TextModel, result: Generation, predicted: Prediction, basis: Basis) -> str:
+    """One line: speed and bytes read per token, actual and predicted, hit rate and peak memory of a run."""
     from flashinfer.machine import peak_resident_bytes
 
     t, decode = result.timings, model.ledger.decode
     parts = [
         f"{len(result.tokens)} tokens ({result.finish_reason})",
-        f"first after {t.first_token:.2f} s, then {t.decode_tokens_per_second:.1f} tokens/s",
-        f"{format_size(decode.bytes_per_token)} read per token",
+        f"first after {t.first_token:.2f} s (predicted {predicted.first_token_seconds:.2f})",
+        f"then {t.decode_tokens_per_second:.3g} tokens/s (predicted {predicted.tokens_per_second:.3g})",
+        f"{format_size(decode.bytes_per_token)} read per token (predicted {format_size(predicted.flash_bytes)})",
         f"hit rate {decode.hit_rate:.1%}",
         f"peak memory {format_size(peak_resident_bytes())}",
     ]
-    return ", ".join(parts)
+    return f"{', '.join(parts)}; {_foundation(predicted, basis)}"
+
+
+def _foundation(predicted: Prediction, basis: Basis) -> str:
+    """What a prediction rests on."""
+    disk = "measured" if basis.disk_measured else "default (`flashinfer plan` measures it)"
+    neurons = f", firing {predicted.firing.source}" if predicted.firing.density < 1 else ""
+    return f"predicted with the disk curve {disk}{neurons}"
+
+
+def _basis(store: Path, threads: int) -> Basis:
+    """What predictions rest on here: figures measured before, or the defaults. Nothing is measured now."""
+    from flashinfer.bench.promise import DEFAULT_BASIS, known_basis
+    from flashinfer.store import open_store
+
+    try:
+        return known_basis(open_store(store), RunConfig(threads=threads))
+    except (FlashInferError, OSError):  # it was there a moment ago: no reason to lose what was generated
+        return DEFAULT_BASIS
 
 
 def _check_options(sampling: dict[str, Any], stops: list[str]) -> None:
@@ -183,7 +208,7 @@ def _print_pieces(stream: Stream) -> Generation:
     return stream.result
 
 
-def _report(model: TextModel, result: Generation) -> dict[str, Any]:
+def _report(model: TextModel, result: Generation, predicted: Prediction, basis: Basis) -> dict[str, Any]:
     from flashinfer.machine import peak_resident_bytes
 
     return {
@@ -193,4 +218,5 @@ def _report(model: TextModel, result: Generation) -> dict[str, Any]:
         "plan": model.plan.to_json(),
         "effective_window": model.effective_window,
         "peak_memory": peak_resident_bytes(),
+        "predicted": predicted.to_json() | {"basis": basis.to_json()},
     }

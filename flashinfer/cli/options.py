@@ -11,7 +11,18 @@ from typing import Annotated
 import typer
 
 from flashinfer.config import Cap
-from flashinfer.units import parse_size
+from flashinfer.units import parse_cap_size
+
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--memory", metavar="SIZE", help="Cap on the whole process, e.g. 4GiB or 50%. (without a cap: what is free)"
+    ),
+]
+WeightMemoryOption = Annotated[
+    str | None,
+    typer.Option("--weight-memory", metavar="SIZE", help="Instead: cap on memory that holds weights."),
+]
 
 
 class LogLevel(StrEnum):
@@ -46,12 +57,17 @@ def usage_errors(option: str | None = None) -> Iterator[None]:
 
 
 def parse_cap(memory: str | None, weight_memory: str | None) -> Cap:
-    """The cap from `--memory` and `--weight-memory`. Raises typer.BadParameter: both, or no size."""
+    """The cap from `--memory` (a size, or a share of the usable memory: `50%`) and `--weight-memory` (a size).
+
+    Raises:
+        typer.BadParameter: both, or no size.
+        CapTooLargeError: more than this process may use.
+    """
     if memory is not None and weight_memory is not None:
         raise typer.BadParameter("give --memory or --weight-memory, not both")
-    return Cap(_parse_size(memory, "--memory"), _parse_size(weight_memory, "--weight-memory"))
+    from flashinfer.machine import memory_cap
 
-
-def _parse_size(text: str | None, option: str) -> int | None:
-    with usage_errors(option):
-        return None if text is None else parse_size(text)
+    with usage_errors("--memory"):
+        whole = None if memory is None else memory_cap(memory)
+    with usage_errors("--weight-memory"):
+        return Cap(whole, None if weight_memory is None else parse_cap_size(weight_memory))

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
+from flashinfer import machine
 from flashinfer.config import CacheConfig, Cap, IoConfig, IoObjective, RunConfig
 from flashinfer.generate.text_model import TextModel
 from flashinfer.store import open_store
 from flashinfer.text import Tokenizer, load_generation_defaults, load_tokenizer
-from flashinfer.units import parse_size
+from flashinfer.units import parse_cap_size
 
 
 def load(
@@ -28,8 +29,8 @@ def load(
 
     Args:
         store: directory written by `flashinfer pack`.
-        memory: cap on the whole process, in bytes or as text (`"4GiB"`); with neither cap, what the
-            machine can spare.
+        memory: cap on the whole process, in bytes or as text (`"4GiB"`, or `"50%"` of what this process may
+            use); with neither cap, what the machine can spare.
         weight_memory: instead, a cap on every DRAM byte that holds a weight.
         context: tokens of prompt and continuation together; None is up to 4096, if the model takes them. A
             function is asked for what it wants room for once the tokenizer is there, up to the model's limit.
@@ -42,6 +43,7 @@ def load(
         ValueError: an argument is out of its range.
         StoreError: the store, or the tokenizer in it, is missing or damaged.
         CapTooSmallError: the cap is below the model's floor.
+        CapTooLargeError: `memory` is more than this process may use.
         DeviceError: the device is not there.
     """
     run = _run_config(window, io_objective, threads)
@@ -49,7 +51,10 @@ def load(
         raise ValueError("memory and weight_memory exclude each other: give one cap")
     if isinstance(context, int) and context < 1:
         raise ValueError(f"context must be at least 1, not {context}")
-    cap = Cap(_size(memory), _size(weight_memory))
+    cap = Cap(
+        None if memory is None else machine.memory_cap(memory),
+        None if weight_memory is None else parse_cap_size(weight_memory),
+    )
     opened = open_store(store)
     files = {name: opened.path_of(entry) for name, entry in opened.manifest.text.items()}
     # before the engine: it measures what the process holds already, and the tokenizer is part of that
@@ -75,7 +80,3 @@ def _run_config(window: int, io_objective: IoObjective, threads: int) -> RunConf
     if io_objective not in get_args(IoObjective):
         raise ValueError(f"io_objective must be time or bytes, not {io_objective!r}")
     return RunConfig(io=IoConfig(objective=io_objective), cache=CacheConfig(window=window), threads=threads)
-
-
-def _size(value: int | str | None) -> int | None:
-    return None if value is None else parse_size(value)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from flashinfer.config import DEFAULT_NEW_TOKENS, SamplingConfig
+from flashinfer.config import DEFAULT_NEW_TOKENS, DiskCurve, Rates, SamplingConfig
 from flashinfer.errors import FlashInferError, PromptError, StoreError
 from flashinfer.generate.sampler import Floats, Sampler, check_sampling
 from flashinfer.generate.session_file import Conversation, load_conversation, save_conversation, store_id
@@ -16,8 +16,11 @@ from flashinfer.generate.stop import StopStrings
 from flashinfer.generate.stream import Generation, Job, StepEngine, Stream
 from flashinfer.ledger import Ledger
 from flashinfer.memory import Plan
+from flashinfer.speed import Prediction
 from flashinfer.store import Facts, Store
 from flashinfer.text import GenerationDefaults, Tokenizer
+
+DEFAULT_DISK, DEFAULT_RATES = DiskCurve(), Rates()
 
 
 class Engine(StepEngine, Protocol):
@@ -52,6 +55,9 @@ class Engine(StepEngine, Protocol):
 
     def save(self, session: Any) -> Iterator[Floats]:
         """The session's keys and values by layer, for `restore`."""
+
+    def predict(self, disk: DiskCurve, rates: Rates, *, prompt_tokens: int) -> Prediction:
+        """How fast it should be on such a disk and machine."""
 
     def check_cap(self) -> None:
         """Hold the process's peak memory against the cap. Raises CapExceededError."""
@@ -96,6 +102,12 @@ class TextModel:
     def reader_note(self) -> str:
         """How the store is read (direct or through the page cache, alignment), for people."""
         return self._engine.reader_note
+
+    def predict(
+        self, disk: DiskCurve = DEFAULT_DISK, rates: Rates = DEFAULT_RATES, *, prompt_tokens: int
+    ) -> Prediction:
+        """How fast this model should be under its cap, on such a disk and machine (`flashinfer.speed`)."""
+        return self._engine.predict(disk, rates, prompt_tokens=prompt_tokens)
 
     def generate(
         self,

@@ -45,7 +45,7 @@ def test_text_to_stdout_and_a_summary_to_stderr(loaded: Loaded, capsys: pytest.C
     out, err = capsys.readouterr()
     assert out == "hello he\n"
     assert err.count("\n") == 1
-    for part in ("8 tokens (length)", "tokens/s", "read per token", "hit rate", "peak memory"):
+    for part in ("8 tokens (length)", "tokens/s (predicted 4)", "read per token", "hit rate", "disk curve default"):
         assert part in err
     assert loaded.engine.closes == 1
 
@@ -59,6 +59,8 @@ def test_one_json_object(loaded: Loaded, capsys: pytest.CaptureFixture[str]) -> 
     assert set(result["timings"]) == {"first_token", "decode", "decode_tokens_per_second"}
     assert set(result["ledger"]) == {"load", "prefill", "decode"}
     assert result["plan"] == {"context": 64}
+    assert result["predicted"]["tokens_per_second"] == 4
+    assert result["predicted"]["basis"]["disk_measured"] is False
 
 
 def test_a_broken_cap_is_an_error_after_all_output(loaded: Loaded, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,10 +9,12 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
+from flashinfer.config import DiskCurve, Rates
 from flashinfer.errors import CapExceededError
 from flashinfer.generate import TextModel
 from flashinfer.ledger import Ledger
 from flashinfer.memory import Plan
+from flashinfer.speed import Firing, Prediction
 from flashinfer.store import Facts
 from flashinfer.text import GenerationDefaults, Tokenizer
 
@@ -80,6 +82,9 @@ class FakeEngine:
 
     def logits(self, session: FakeSession, tokens: list[int]) -> npt.NDArray[np.float32]:
         return np.stack([self.step(session, [t]) for t in tokens])
+
+    def predict(self, disk: DiskCurve, rates: Rates, *, prompt_tokens: int) -> Prediction:
+        return Prediction(1e6, 9.0, 2e6, 0.1, 0.1, 0.2, 0.25, 0.1, 1.0, 1.5, prompt_tokens, "disk", Firing())
 
     def check_cap(self) -> None:
         if self.over_cap:
