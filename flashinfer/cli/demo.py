@@ -30,7 +30,7 @@ def command(
     from flashinfer.pack import pack
     from flashinfer.units import format_size
 
-    out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
+    out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
     checkpoint = Path(flashinfer.__file__).parent / "_demo"
     with tempfile.TemporaryDirectory(prefix="flashinfer-demo-") as folder:
         store = Path(folder) / "demo.flash"
