@@ -217,8 +217,10 @@ def test_a_disk_that_is_really_full(place, checkpoint, monkeypatch):
 
 
 CHILD = """
-import sys, time
+import signal, sys, time
 import flashinfer
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits one that is ignored
 
 def stop(done, total):
     print("writing", flush=True)
