@@ -2,7 +2,7 @@
 
     python examples/train_demo.py --train stories.txt[.zst] --valid valid.txt[.zst] --out DIR --minutes 90
 
-Any UTF-8 text works; stories separated by a line `<|story|>` become one sequence each.
+Needs `pip install -e .[test]`. Any UTF-8 text works; stories separated by a line `<|story|>` become one sequence each.
 The run can be stopped at any time and started again with the same command: it resumes from
 `DIR/state.pt`. The schedule is warm-up, constant, linear cool-down over the *budget* of training
 minutes (time the process was stopped does not count), so a run may also be resumed with another

@@ -38,7 +38,7 @@ KINDS: dict[Kind, tuple[str, str]] = {
     "memory": ("a filesystem in memory", "the store itself takes memory, outside any cap: keep it on a disk"),
     "unknown": ("a device the system does not describe", ""),
 }
-PACKAGES = ("torch", "numpy", "msgspec", "safetensors", "sentencepiece", "tokenizers", "typer", "rich", "xxhash")
+PACKAGES = ("torch", "numpy", "msgspec", "sentencepiece", "tokenizers", "typer", "rich", "xxhash", "zstandard")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ from flashinfer.units import KIB, MIB, format_size
 Pattern = Literal["random", "sequential"]
 CHUNKS = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, 1 * MIB)
 THREADS = (1, 8, 16, 32)
-FILE_SIZE = 1024 * MIB
 ROUNDS = 5
 _BATCH = 8 * MIB
 _MOST_READS = 512
