@@ -28,7 +28,7 @@ lint: $(VENV)/.installed-check
 wheel: $(VENV)/.installed-check
 	rm -rf dist
 	$(RUN) -m build --wheel --no-isolation
-	$(RUN) -m zipfile --list dist/*.whl | grep flashinfer/_layouts/llama.toml
+	$(RUN) -m zipfile --list dist/*.whl | grep flashinfer/layouts/llama.toml
 
 clean:
 	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
@@ -37,7 +37,7 @@ clean:
 $(VENV)/.installed-run: EXTRAS :=
 $(VENV)/.installed-test: EXTRAS := [test]
 $(VENV)/.installed-check: EXTRAS := [test,check]
-$(VENV)/.installed-%: pyproject.toml | $(RUN)
+$(VENV)/.installed-%: pyproject.toml $(wildcard flashinfer/native/*.*pp flashinfer/native/*.cmake flashinfer/native/CMakeLists.txt) | $(RUN)
 	@echo "installing into $(VENV) (once; again when pyproject.toml changes)"
 	$(PIP) --editable '.$(EXTRAS)'
 	@touch $@

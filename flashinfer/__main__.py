@@ -2,6 +2,6 @@
 
 import sys
 
-from flashinfer._entry import main
+from flashinfer_offload import main
 
 sys.exit(main())

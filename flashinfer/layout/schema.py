@@ -169,7 +169,7 @@ def known_layouts() -> tuple[Layout, ...]:
         LayoutError: one of them breaks the schema, or the installation lost them.
     """
     package = Path(__file__).resolve().parents[1]
-    for directory in (package / "_layouts", package.parent / "layouts"):
+    for directory in (package / "layouts", package.parent / "layouts"):
         files = sorted(directory.glob("*.toml"))
         if files:
             return tuple(read_layout(path) for path in files)

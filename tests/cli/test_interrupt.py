@@ -16,7 +16,7 @@ EXEC = "exec('strike()')"
 """Python remembers a KeyboardInterrupt that came through here, and ends with that signal's status."""
 PROGRAM = """
 import os, signal, sys, time
-from flashinfer import _entry
+import flashinfer_offload as _entry
 signal.signal(signal.SIGINT, signal.default_int_handler)
 def strike():
     os.kill(os.getpid(), signal.SIGINT)

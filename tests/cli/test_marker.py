@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import flashinfer_offload as _entry
 import pytest
 
 import flashinfer
-from flashinfer import _entry
 from tests.cli.command_line import ROOT, run
 
 THEIRS = {
@@ -19,16 +19,17 @@ THEIRS = {
 
 @pytest.fixture(params=THEIRS)
 def overwritten(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A site-packages directory with both distributions, theirs unpacked last."""
+    """A site-packages directory with both distributions, theirs unpacked last. (To be seen without `site`: an
+    editable installation of ours would come first.)"""
     package = ROOT / "flashinfer"
     shutil.copytree(package, tmp_path / "flashinfer", ignore=shutil.ignore_patterns("__pycache__", "_demo"))
-    shutil.copy(package / "_entry.py", tmp_path / "flashinfer_offload.py")  # as the wheel does
+    shutil.copytree(package / "flashinfer_offload", tmp_path / "flashinfer_offload")  # as the wheel does
     (tmp_path / "flashinfer" / "__init__.py").write_text(THEIRS[request.param])
     return tmp_path
 
 
 def test_our_command_names_the_fix(overwritten: Path, tmp_path: Path) -> None:
-    done = run("--version", path=overwritten, module="flashinfer_offload", cwd=tmp_path.parent)
+    done = run("--version", path=overwritten, module="flashinfer_offload", cwd=tmp_path.parent, site=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.count("\n") == 1
     assert str(overwritten) in done.stderr
@@ -36,7 +37,7 @@ def test_our_command_names_the_fix(overwritten: Path, tmp_path: Path) -> None:
 
 
 def test_python_m_flashinfer_names_it_too_where_theirs_can_be_imported(overwritten: Path, tmp_path: Path) -> None:
-    done = run("--version", path=overwritten, cwd=tmp_path.parent)
+    done = run("--version", path=overwritten, cwd=tmp_path.parent, site=False)
     if "ImportError" not in done.stderr:  # else their own __init__ failed before any line of ours
         assert "pip uninstall flashinfer-python" in done.stderr
     assert done.returncode == 1

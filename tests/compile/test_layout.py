@@ -58,7 +58,7 @@ class TestShipped:
         with pytest.raises(LayoutError, match="install it again"):
             known_layouts.__wrapped__()
         text = (LAYOUTS / "opt.toml").read_text()
-        for directory, family in ((tmp_path / "layouts", "source"), (package / "_layouts", "wheel")):
+        for directory, family in ((tmp_path / "layouts", "source"), (package / "layouts", "wheel")):
             directory.mkdir()
             (directory / "opt.toml").write_text(text.replace('family = "opt"', f'family = "{family}"'))
             assert [layout.family for layout in known_layouts.__wrapped__()] == [family]

@@ -77,7 +77,3 @@ def _run() -> int:
     from flashinfer.cli import main as command_line
 
     return command_line()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,2 @@
+#include <nanobind/nanobind.h>
+NB_MODULE(_ring, m) { m.attr("probe") = 1; }
