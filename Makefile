@@ -37,8 +37,11 @@ clean:
 $(VENV)/.installed-run: EXTRAS :=
 $(VENV)/.installed-test: EXTRAS := [test]
 $(VENV)/.installed-check: EXTRAS := [test,check]
-$(VENV)/.installed-%: pyproject.toml $(wildcard flashinfer/native/*.*pp flashinfer/native/*.cmake flashinfer/native/CMakeLists.txt) | $(RUN)
-	@echo "installing into $(VENV) (once; again when pyproject.toml changes)"
+# An editable installation knows each module's place and holds the compiled core: again when either changes.
+SOURCES := $(wildcard flashinfer/native/*.*pp flashinfer/native/*.cmake flashinfer/native/CMakeLists.txt)
+FOLDERS := $(shell find flashinfer -type d -not -name __pycache__)
+$(VENV)/.installed-%: pyproject.toml $(SOURCES) $(FOLDERS) | $(RUN)
+	@echo "installing into $(VENV) (again when pyproject.toml, the C++ sources or the set of modules change)"
 	$(PIP) --editable '.$(EXTRAS)'
 	@touch $@
 

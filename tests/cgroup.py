@@ -6,11 +6,12 @@ import contextlib
 import itertools
 import os
 import subprocess
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -18,6 +19,7 @@ V1 = Path("/sys/fs/cgroup/memory")
 V2 = Path("/sys/fs/cgroup")
 _NUMBERS = itertools.count()
 _SAMPLING_SECONDS = 0.005
+_PATIENCE = 120.0
 _ENTER = 'echo $$ > "$0" && exec "$@"'
 """A shell that moves itself into the cgroup before the command begins, so that all of it is charged."""
 
@@ -25,14 +27,28 @@ _ENTER = 'echo $$ > "$0" && exec "$@"'
 @dataclass(frozen=True)
 class Limited:
     """How a command ended. `peak` is the most anonymous, kernel and shared memory seen at one time, in bytes
-    (page cache is left out: it gives way); `limit_hits` how often the limit made the kernel reclaim."""
+    (page cache is left out: it gives way); `writing` is what happened while it wrote to stdout, from the first
+    piece to the last: for `generate`, while it decoded."""
 
     returncode: int
     stdout: str
     stderr: str
     oom_kills: int
     peak: int
+    writing: Pressure
+
+
+@dataclass(frozen=True)
+class Pressure:
+    """What a cgroup that is too small suffers: how often the limit made the kernel reclaim, pages that had to be
+    read to go on, pages that were read again after they had been reclaimed."""
+
     limit_hits: int
+    major_faults: int
+    refaults: int
+
+    def __sub__(self, other: Pressure) -> Pressure:
+        return Pressure(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 class _Group:
@@ -63,7 +79,12 @@ class _Group:
     def oom_kills(self) -> int:
         return self._table("memory.oom_control" if self.version == 1 else "memory.events").get("oom_kill", 0)
 
-    def limit_hits(self) -> int:
+    def pressure(self) -> Pressure:
+        stat = self._table("memory.stat")
+        refaults = sum(value for key, value in stat.items() if key.startswith("workingset_refault"))
+        return Pressure(self._limit_hits(), stat["pgmajfault"], refaults)
+
+    def _limit_hits(self) -> int:
         if self.version == 1:
             return int((self.path / "memory.failcnt").read_text())
         return self._table("memory.events")["max"]
@@ -83,25 +104,40 @@ def run_limited(
     with _group(limit) as group:
         shell = ["/bin/sh", "-c", _ENTER, str(group.path / "cgroup.procs"), *command]
         process = subprocess.Popen(
-            shell, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            encoding="utf-8", cwd=cwd, env=env,
-        )  # fmt: skip
-        samples, over = [0], threading.Event()
-
-        def sample() -> None:
-            while not over.wait(_SAMPLING_SECONDS):
-                samples[0] = max(samples[0], group.in_use())
-
-        sampler = threading.Thread(target=sample)
-        sampler.start()
+            shell, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=cwd, env=env
+        )
         try:
-            stdout, stderr = process.communicate(timeout=120)
+            with ThreadPoolExecutor() as watchers:
+                peak = watchers.submit(_peak, group, process)
+                stderr = watchers.submit(process.stderr.read)
+                stdout, writing = _watched(group, process.stdout)
+                process.wait(timeout=_PATIENCE)
         finally:
             process.kill()
             process.wait()
-            over.set()
-            sampler.join()
-        return Limited(process.returncode, stdout, stderr, group.oom_kills(), samples[0], group.limit_hits())
+        return Limited(
+            process.returncode, stdout.decode(), stderr.result().decode(), group.oom_kills(), peak.result(), writing
+        )
+
+
+def _peak(group: _Group, process: subprocess.Popen[bytes]) -> int:
+    """The most the cgroup used until the process ended, which must be soon."""
+    peak, give_up = 0, time.monotonic() + _PATIENCE
+    while process.poll() is None:
+        peak = max(peak, group.in_use())
+        if time.monotonic() > give_up:
+            process.kill()
+        time.sleep(_SAMPLING_SECONDS)
+    return peak
+
+
+def _watched(group: _Group, stdout: IO[bytes]) -> tuple[bytes, Pressure]:
+    """All of a process's output, and the pressure between the first piece of it and the last."""
+    pieces, seen = [], [group.pressure()]
+    while piece := os.read(stdout.fileno(), 1 << 16):
+        seen.append(group.pressure())
+        pieces.append(piece)
+    return b"".join(pieces), seen[-1] - seen[min(1, len(seen) - 1)]
 
 
 def drop_page_cache(folder: Path) -> None:

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
 
-from flashinfer.config import (
-    COPY_RECORDS,
-    FILE_ALIGNMENT,
-    MIN_STAGING,
-    TILE_KEYS,
-    TILE_NEURONS,
-    TILE_ROWS,
-    TILE_TOKENS,
-    Cap,
-    DiskCurve,
-    Rates,
-    RunConfig,
-)
+from flashinfer.config import FILE_ALIGNMENT, DiskCurve, Rates
 from flashinfer.errors import CapTooSmallError
-from flashinfer.io.plan import worst_case_bytes
+from flashinfer.memory.floor import all_matrices, least_plan
+from flashinfer.memory.plan import Plan, Request
 from flashinfer.speed import (
     TABLES,
     Conditions,
@@ -29,82 +17,15 @@ from flashinfer.speed import (
     firing_of,
     lookup_cost,
     matrix_cost,
-    multiplied,
     neurons_cost,
     step_cost,
 )
-from flashinfer.store import Facts, Manifest
+from flashinfer.store import Manifest
 from flashinfer.store.geometry import round_up
-from flashinfer.units import MIB, format_size
-
-LIBRARY_GROWTH = 32 * MIB
-"""Allowance for what libraries allocate after the baseline was measured: stacks, pools, tokenizer tables. Growth
-beyond the other parts was at most 12 MiB in 13 runs with 1 to 8 threads."""
+from flashinfer.units import format_size
 
 SLOT_STEPS = 64
 """Steps in which slots are weighed against matrices."""
-
-Mode = Literal["cached", "always-miss", "naive"]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Where every byte of the cap goes. All sizes in bytes; `total <= cap` always holds.
-
-    `weight_*` fields are DRAM that holds weights in any form; the rest only counts under `--memory`.
-    """
-
-    cap: int
-    cap_kind: Literal["memory", "weight-memory"]
-    context: int
-    weight_vectors: int
-    weight_resident: int
-    weight_slots: int
-    weight_staging: int
-    weight_scratch: int
-    baseline: int
-    kv_cache: int
-    activations: int
-    bookkeeping: int
-    neuron_staging: int
-    dense_staging: int
-    resident: frozenset[str]
-    slots: tuple[int, ...]
-
-    @property
-    def weight_total(self) -> int:
-        """Every DRAM byte that holds a weight: resident, slots, read buffers, converted tiles."""
-        parts = (self.weight_vectors, self.weight_resident, self.weight_slots)
-        return sum(parts) + self.weight_staging + self.weight_scratch
-
-    @property
-    def total(self) -> int:
-        """What counts against the cap."""
-        if self.cap_kind == "weight-memory":
-            return self.weight_total
-        return self.weight_total + self.baseline + self.kv_cache + self.activations + self.bookkeeping
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields, plain, with the sums."""
-        fields = asdict(self) | {"resident": sorted(self.resident), "slots": list(self.slots)}
-        return fields | {"weight_total": self.weight_total, "total": self.total}
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked of the resolver. Exactly one of the cap's two is a number of bytes.
-
-    baseline: resident bytes of the process before any weight is loaded (measured by the caller).
-    alignment: the unit of the reader's device.
-    """
-
-    context: int
-    threads: int
-    alignment: int
-    baseline: int
-    run: RunConfig
-    cap: Cap
-    mode: Mode = "cached"
 
 
 @dataclass(frozen=True)
@@ -134,7 +55,7 @@ def resolve(manifest: Manifest, request: Request) -> Plan:
     plans = [plan for start, must in _starts(manifest, request) if (plan := _spend(c, start, must)).total <= plan.cap]
     if plans:
         return min(plans, key=lambda plan: sum(_price(c, cost) for cost in step_cost(c, plan, 1)))
-    least = _least(manifest, request, streams_dense=True)
+    least = least_plan(manifest, request, streams_dense=True)
     raise CapTooSmallError(
         f"a {least.cap_kind} cap of {format_size(least.cap)} is below the floor of {format_size(least.total)} "
         f"({least.total} bytes) for this model{_advice(least)}",
@@ -156,12 +77,12 @@ def _starts(m: Manifest, r: Request) -> list[tuple[Plan, frozenset[str]]]:
     """Plans that keep nothing yet, and what each must keep. Of equals the first counts: no stream, large buffers."""
     starts = []
     for streams_dense in (True,) if r.mode == "naive" else (False, True):
-        least = _least(m, r, streams_dense=streams_dense)
+        least = least_plan(m, r, streams_dense=streams_dense)
         half = r.run.staging // FILE_ALIGNMENT * FILE_ALIGNMENT
         while half > max(least.neuron_staging, least.dense_staging):
-            starts.append((_with_staging(least, half), frozenset() if streams_dense else _all_matrices(m)))
+            starts.append((_with_staging(least, half), frozenset() if streams_dense else all_matrices(m)))
             half = half // 2 // FILE_ALIGNMENT * FILE_ALIGNMENT
-        starts.append((least, frozenset() if streams_dense else _all_matrices(m)))
+        starts.append((least, frozenset() if streams_dense else all_matrices(m)))
     return starts
 
 
@@ -174,66 +95,6 @@ def _advice(least: Plan) -> str:
     if least.cap_kind == "memory" and least.kv_cache > least.total // 4:
         return f"; raise the cap, or lower --context (now {least.context})"
     return "; raise the cap"
-
-
-def _all_matrices(m: Manifest) -> frozenset[str]:
-    """Matrices that are multiplied with (tables that are only looked up aside)."""
-    return frozenset(multiplied(m))
-
-
-def _least(m: Manifest, r: Request, *, streams_dense: bool) -> Plan:
-    """The plan that keeps nothing it could stream, with the smallest buffers. Its total is the floor."""
-    f = m.facts
-    vectors = sum(t.bytes for t in m.tensors.values() if len(t.shape) == 1)
-    widest = max(t.shape[1] for name, t in m.tensors.items() if name in _all_matrices(m))
-    record = max(layer.record_bytes for layer in m.layers)
-    neuron_staging = max(_worst_tile_bytes(m, r.alignment), MIN_STAGING)
-    block = max(TILE_ROWS * t.bytes // t.shape[0] for t in m.tensors.values() if len(t.shape) == 2)
-    dense_staging = max(round_up(block, FILE_ALIGNMENT) + 2 * r.alignment, MIN_STAGING) if streams_dense else 0
-    bundle = max(layer.bundle_bytes for layer in m.layers)
-    values = max(sum(p.elements for p in layer.parts) for layer in m.layers)
-    per_thread = 4 * max(TILE_ROWS * widest, TILE_NEURONS * values) + TILE_NEURONS * bundle
-    lookup = TILE_TOKENS * (12 * max(f.embed_size, f.hidden_size) + 2 * r.alignment)
-    return Plan(
-        cap=r.cap.memory if r.cap.memory is not None else r.cap.weight_memory or 0,
-        cap_kind="memory" if r.cap.memory is not None else "weight-memory",
-        context=r.context,
-        weight_vectors=vectors,
-        weight_resident=0,
-        weight_slots=0,
-        weight_staging=2 * (neuron_staging + dense_staging),
-        weight_scratch=r.threads * per_thread + COPY_RECORDS * record + lookup + round_up(bundle, FILE_ALIGNMENT),
-        baseline=r.baseline + LIBRARY_GROWTH,
-        kv_cache=8 * f.num_layers * f.num_kv_heads * f.head_dim * round_up(r.context, TILE_KEYS),
-        activations=_activations(f, r),
-        bookkeeping=_bookkeeping(m, r),
-        neuron_staging=neuron_staging,
-        dense_staging=dense_staging,
-        resident=frozenset(),
-        slots=(0,) * len(m.layers),
-    )
-
-
-def _activations(f: Facts, r: Request) -> int:
-    """Bytes of the widest moment of a prompt chunk, attention scores and rotary tables included."""
-    chunk = round_up(r.run.prefill_chunk, TILE_TOKENS) + TILE_TOKENS
-    outputs = (10 + 2 * r.threads) * f.hidden_size  # each thread holds the output of an FFN tile, and its pieces
-    width = outputs + 4 * f.num_heads * f.head_dim + 5 * f.intermediate_size
-    scores = 4 * f.num_heads * TILE_TOKENS * round_up(r.context, TILE_KEYS)
-    rope = 0 if f.rope is None else round_up(r.context, TILE_TOKENS) * f.rope.rotary_dim
-    return 4 * (chunk * width + scores + rope + 3 * f.vocab_size)
-
-
-def _bookkeeping(m: Manifest, r: Request) -> int:
-    """Bytes of the tables that say where each record is: slot, score, stamp and candidates for eviction, the
-    window's active sets, and the permutation."""
-    per_record = 48 + 8 * r.run.cache.window
-    return sum(per_record * n.records + (8 * n.neurons if n.permutation is not None else 0) for n in m.layers)
-
-
-def _worst_tile_bytes(m: Manifest, alignment: int) -> int:
-    """Bytes one half of the neuron read buffer needs at the least: one tile's records, each read alone."""
-    return max(worst_case_bytes(min(TILE_NEURONS, n.records), n.record_bytes, alignment) for n in m.layers)
 
 
 def _spend(c: Conditions, plan: Plan, must: frozenset[str]) -> Plan:
@@ -259,7 +120,7 @@ def _wants(c: Conditions, plan: Plan, must: frozenset[str]) -> list[_Want]:
     """Everything that could be resident, with what a byte of it saves; nothing for the mode that keeps nothing."""
     if c.mode == "naive":
         return []
-    m, products = c.manifest, _all_matrices(c.manifest)
+    m, products = c.manifest, all_matrices(c.manifest)
     kept = replace(plan, resident=frozenset(m.tensors))
     wants = []
     for name, t in m.tensors.items():

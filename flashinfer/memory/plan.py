@@ -1,0 +1,70 @@
+"""What the resolver is asked, and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from flashinfer.config import Cap, RunConfig
+
+Mode = Literal["cached", "always-miss", "naive"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where every byte of the cap goes. All sizes in bytes; `total <= cap` always holds.
+
+    `weight_*` fields are DRAM that holds weights in any form; the rest only counts under `--memory`.
+    """
+
+    cap: int
+    cap_kind: Literal["memory", "weight-memory"]
+    context: int
+    weight_vectors: int
+    weight_resident: int
+    weight_slots: int
+    weight_staging: int
+    weight_scratch: int
+    baseline: int
+    kv_cache: int
+    activations: int
+    bookkeeping: int
+    neuron_staging: int
+    dense_staging: int
+    resident: frozenset[str]
+    slots: tuple[int, ...]
+
+    @property
+    def weight_total(self) -> int:
+        """Every DRAM byte that holds a weight: resident, slots, read buffers, converted tiles."""
+        parts = (self.weight_vectors, self.weight_resident, self.weight_slots)
+        return sum(parts) + self.weight_staging + self.weight_scratch
+
+    @property
+    def total(self) -> int:
+        """What counts against the cap."""
+        if self.cap_kind == "weight-memory":
+            return self.weight_total
+        return self.weight_total + self.baseline + self.kv_cache + self.activations + self.bookkeeping
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, plain, with the sums."""
+        fields = asdict(self) | {"resident": sorted(self.resident), "slots": list(self.slots)}
+        return fields | {"weight_total": self.weight_total, "total": self.total}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of the resolver. Exactly one of the cap's two is a number of bytes.
+
+    baseline: resident bytes of the process before any weight is loaded (measured by the caller).
+    alignment: the unit of the reader's device.
+    """
+
+    context: int
+    threads: int
+    alignment: int
+    baseline: int
+    run: RunConfig
+    cap: Cap
+    mode: Mode = "cached"
