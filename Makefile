@@ -43,6 +43,7 @@ FOLDERS := $(shell find flashinfer -type d -not -name __pycache__)
 $(VENV)/.installed-%: pyproject.toml $(SOURCES) $(FOLDERS) | $(RUN)
 	@echo "installing into $(VENV) (again when pyproject.toml, the C++ sources or the set of modules change)"
 	$(PIP) --editable '.$(EXTRAS)'
+	$(RUN) -m compileall -q flashinfer  # now, so that the first run changes no folder
 	@touch $@
 
 $(RUN):
