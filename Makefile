@@ -1,4 +1,4 @@
-# make demo | test | check | clean. Everything is installed into .venv; nothing has to be done by hand.
+# make demo | test | check | asan | clean. Everything is installed into .venv; nothing has to be done by hand.
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -9,7 +9,7 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c '$(NEW_ENOUGH)' 2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: demo test lint wheel check clean
+.PHONY: demo test lint wheel check asan clean
 
 demo: $(VENV)/.installed-run
 	@$(VENV)/bin/flashinfer demo
@@ -30,8 +30,24 @@ wheel: $(VENV)/.installed-check
 	$(RUN) -m build --wheel --no-isolation
 	$(RUN) -m zipfile --list dist/*.whl | grep flashinfer/layouts/llama.toml
 
+# The native core built with AddressSanitizer, in a copy of the package that comes first on the path; gcc or clang.
+# (The hook of the editable install would find the usual build before it.)
+ASAN = build/asan
+ASAN_TESTS = import sys; sys.meta_path = [f for f in sys.meta_path if "ScikitBuild" not in type(f).__name__]; \
+	from flashinfer.native import _ring; assert "asan" in _ring.__file__, _ring.__file__; \
+	import pytest; sys.exit(pytest.main(sys.argv[1:]))
+asan: $(VENV)/.installed-check
+	cmake -S flashinfer/native -B $(ASAN)/native -DFLASHINFER_ASAN=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+		-DPython_EXECUTABLE="$$($(RUN) -c 'import sys; print(sys.executable)')"
+	cmake --build $(ASAN)/native --parallel
+	rm -rf $(ASAN)/tree && mkdir -p $(ASAN)/tree
+	cp -R flashinfer layouts tests pyproject.toml $(ASAN)/tree/
+	cp $(ASAN)/native/_*.so $(ASAN)/tree/flashinfer/native/
+	cd $(ASAN)/tree && LD_PRELOAD="$(foreach l,asan stdc++,$(shell $(CXX) -print-file-name=lib$l.so))" ASAN_OPTIONS=detect_leaks=0 \
+		$(abspath $(RUN)) -c '$(ASAN_TESTS)' $(wildcard tests/io tests/backend)
+
 clean:
-	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed-run: EXTRAS :=

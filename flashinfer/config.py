@@ -34,6 +34,7 @@ PACK_BLOCK = 16 * MIB
 
 IoObjective = Literal["time", "bytes"]
 Retention = Literal["frequency", "window"]
+ReaderName = Literal["auto", "io_uring", "threads"]
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,15 @@ class Rates:
 
 @dataclass(frozen=True)
 class IoConfig:
-    """How records are read."""
+    """How records are read.
+
+    reader: `auto` is io_uring where the kernel has and allows it, else threads. At most `depth` reads are in
+    flight with the former, `threads` with the latter.
+    """
 
     objective: IoObjective = "time"
+    reader: ReaderName = "auto"
+    depth: int = 256
     threads: int = 16
     max_extent: int = 1 * MIB
     disk: DiskCurve = DiskCurve()

@@ -24,6 +24,8 @@ Buffer = Any
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 Index = npt.NDArray[np.int64]
+KvType = Literal["f32", "f16"]
+"""What keys and values are kept in."""
 
 
 @dataclass(frozen=True)
@@ -98,16 +100,17 @@ class Backend(Protocol):
         """Rotary positions on `[tokens, heads * head_dim]`; cos, sin `[tokens, rotary_dim / 2]`, halves convention."""
         ...
 
-    def new_kv(self, kv_heads: int, head_dim: int, capacity: int) -> Buffer:
-        """Keys and values of one layer for `capacity` positions, zeroed."""
+    def new_kv(self, kv_heads: int, head_dim: int, capacity: int, dtype: KvType) -> Buffer:
+        """Keys and values of one layer for `capacity` positions, zeroed, kept in `dtype`."""
         ...
 
     def append_kv(self, kv: Buffer, at: int, k: Buffer, v: Buffer, skip: int, count: int) -> None:
-        """Positions at .. at+count of `kv` become rows skip .. skip+count of k and v. Writes `kv`."""
+        """Positions at .. at+count of `kv` become rows skip .. skip+count of k and v, rounded to its type (to
+        nearest, ties to even). Writes `kv`."""
         ...
 
     def fetch_kv(self, kv: Buffer, count: int) -> Floats:
-        """The first `count` positions on the host: keys and values `[2, count, kv_heads * head_dim]`, copied."""
+        """The first `count` positions on the host: keys and values, float32 `[2, count, kv_heads * head_dim]`."""
         ...
 
     def attend(self, q: Buffer, kv: Buffer, first: int, heads: int) -> Buffer:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashinfer.backend.base import Bundle, Bytes, Floats, Index, Part
+from flashinfer.backend.base import Bundle, Bytes, Floats, Index, KvType, Part
 from flashinfer.config import TILE_KEYS, TILE_NEURONS, TILE_ROWS, TILE_TOKENS
 from flashinfer.errors import DeviceError
 from flashinfer.store.facts import Activation
@@ -167,21 +167,22 @@ class TorchBackend:
 
     # -- attention
 
-    def new_kv(self, kv_heads: int, head_dim: int, capacity: int) -> Kv:
+    def new_kv(self, kv_heads: int, head_dim: int, capacity: int, dtype: KvType) -> Kv:
         shape = (-(-capacity // TILE_KEYS), kv_heads, TILE_KEYS, head_dim)
-        return Kv(torch.zeros(shape, device=self._device), torch.zeros(shape, device=self._device))
+        k, v = (torch.zeros(shape, dtype=DTYPES[dtype], device=self._device) for _ in "kv")
+        return Kv(k, v)
 
     def append_kv(self, kv: Kv, at: int, k: Tensor, v: Tensor, skip: int, count: int) -> None:
         _, heads, _, dim = kv.k.shape
         at_tile = torch.arange(at, at + count, device=self._device)
         where = (at_tile // TILE_KEYS, slice(None), at_tile % TILE_KEYS)
-        kv.k[where] = k[skip : skip + count].view(count, heads, dim)
-        kv.v[where] = v[skip : skip + count].view(count, heads, dim)
+        kv.k[where] = k[skip : skip + count].view(count, heads, dim).to(kv.k.dtype)
+        kv.v[where] = v[skip : skip + count].view(count, heads, dim).to(kv.v.dtype)
 
     def fetch_kv(self, kv: Kv, count: int) -> Floats:
         tiles = -(-count // TILE_KEYS)
         rows = [t[:tiles].permute(0, 2, 1, 3).flatten(0, 1)[:count].flatten(1) for t in (kv.k, kv.v)]
-        host: Floats = torch.stack(rows).cpu().numpy()
+        host: Floats = torch.stack(rows).float().cpu().numpy()
         return host
 
     def attend(self, q: Tensor, kv: Kv, first: int, heads: int) -> Tensor:
@@ -197,12 +198,12 @@ class TorchBackend:
         _, kv_heads, _, dim = kv.k.shape
         group, tiles = heads // kv_heads, first // TILE_KEYS + 1
         q = (q * dim**-0.5).view(step, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, group * step, dim)
-        scores = torch.matmul(q, kv.k[:tiles].transpose(-1, -2))
+        scores = torch.matmul(q, kv.k[:tiles].float().transpose(-1, -2))
         keys = torch.arange((tiles - 1) * TILE_KEYS, tiles * TILE_KEYS, device=self._device)
         seen = keys <= torch.arange(first, first + step, device=self._device)[:, None]
         scores[-1].view(kv_heads, group, step, TILE_KEYS).masked_fill_(~seen, -torch.inf)
         weights = torch.exp(scores - scores.amax(dim=(0, 3), keepdim=True))
-        sums, outs = weights.sum(-1, keepdim=True), torch.matmul(weights, kv.v[:tiles])
+        sums, outs = weights.sum(-1, keepdim=True), torch.matmul(weights, kv.v[:tiles].float())
         total, acc = sums[0], outs[0]
         for i in range(1, tiles):  # in order: a longer context only adds terms at the end
             total, acc = total + sums[i], acc + outs[i]

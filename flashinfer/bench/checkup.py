@@ -17,7 +17,9 @@ import psutil
 from flashinfer import __distribution__, __version__, machine
 from flashinfer.bench.known import cache_file, disk_key, load_known
 from flashinfer.bench.place import UNKNOWN, Kind, Place, place_of
+from flashinfer.config import IoConfig
 from flashinfer.errors import FlashInferError
+from flashinfer.io import uring
 from flashinfer.io.files import describe, open_file
 from flashinfer.store import open_store
 from flashinfer.units import GIB, format_size
@@ -112,6 +114,7 @@ def _place(path: Path) -> Iterator[Check]:
     if (path / "manifest.json").exists():
         yield _store(path)
     yield _direct(file)
+    yield _reader(file)
     yield _curve(place)
 
 
@@ -143,6 +146,17 @@ def _direct(file: Path | None) -> Check:
         return check("direct reads", describe([opened]), advice)
     finally:
         opened.close()
+
+
+def _reader(file: Path | None) -> Check:
+    try:
+        why_not = uring.why_not(Path(__file__) if file is None else file)
+    except FlashInferError as e:
+        return Check("reader", "warn", str(e), "check the path and its permissions")
+    if why_not is None:
+        return check("reader", f"io_uring, up to {IoConfig.depth} reads in flight, as found by a trial read")
+    advice = "threads read as well, but take several times the CPU time; containers often forbid io_uring"
+    return check("reader", f"{IoConfig.threads} threads, not io_uring: {why_not}", advice)
 
 
 def _curve(place: Place) -> Check:

@@ -1,7 +1,7 @@
-"""How fast this disk serves reads of a size from a number of threads: what a plan's predictions rest on.
+"""How fast this disk serves reads of a size, so many in flight: what a plan's predictions rest on.
 
-Method: reads go through the same reader the runtime uses, past the page cache, into touched memory, with at
-least `threads` reads in flight at every moment. All combinations are measured in each of several rounds, one after the
+Method: reads go through the same readers the runtime uses, past the page cache, into touched memory, with
+`threads` reads in flight at every moment. All combinations are measured in each of several rounds, one after the
 other, so that a disturbance or a warming device hits them alike; reported are the median and the range
 over the rounds. The kernel's own count of bytes fetched for this process is the proof that no cache answered.
 """
@@ -17,20 +17,22 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from flashinfer import machine
-from flashinfer.config import COPY_CHUNK, DiskCurve
+from flashinfer.config import COPY_CHUNK, DiskCurve, IoConfig, ReaderName
 from flashinfer.errors import DiskFullError, StoreError
-from flashinfer.io import AlignedBuffer, Extents, ThreadReader
+from flashinfer.io import AlignedBuffer, Extents, Reader, open_reader
+from flashinfer.io.files import describe, open_file
 from flashinfer.store import open_store
 from flashinfer.units import KIB, MIB, format_size
 
 Pattern = Literal["random", "sequential"]
 CHUNKS = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, 1 * MIB)
 THREADS = (1, 8, 16, 32)
+READERS: tuple[ReaderName, ...] = get_args(ReaderName)
 ROUNDS = 5
 _BATCH = 8 * MIB
 _MOST_READS = 512
@@ -38,11 +40,15 @@ _MOST_READS = 512
 
 @dataclass(frozen=True)
 class Combination:
-    """What is measured: reads of `chunk` bytes, at random multiples of it or one after the other."""
+    """What is measured: reads of `chunk` bytes, at random multiples of it or one after the other.
+
+    `threads` is how many reads are in flight; only the reader of that name has a thread for each.
+    """
 
     pattern: Pattern
     chunk: int
     threads: int
+    reader: ReaderName = "auto"
 
 
 @dataclass(frozen=True)
@@ -79,10 +85,26 @@ class Measurement:
     device_share: float | None
 
 
-def all_combinations(chunks: Sequence[int] = CHUNKS, threads: Sequence[int] = THREADS) -> list[Combination]:
-    """Both patterns, every chunk, every number of threads."""
+def reader_name(text: str) -> ReaderName:
+    """What the user calls a reader. Raises ValueError for no such name."""
+    for name in READERS:
+        if text == name:
+            return name
+    raise ValueError(f"no such reader: {text!r}; there are {', '.join(READERS)}")
+
+
+def all_combinations(
+    chunks: Sequence[int] = CHUNKS, threads: Sequence[int] = THREADS, readers: Sequence[ReaderName] = ("auto",)
+) -> list[Combination]:
+    """Both patterns, every chunk, every reader, every number of reads in flight."""
     patterns: tuple[Pattern, ...] = ("random", "sequential")
-    return [Combination(pattern, chunk, n) for pattern in patterns for chunk in chunks for n in threads]
+    return [
+        Combination(pattern, chunk, n, reader)
+        for pattern in patterns
+        for chunk in chunks
+        for reader in readers
+        for n in threads
+    ]
 
 
 @contextlib.contextmanager
@@ -145,6 +167,7 @@ def measure(
         ValueError: the file is smaller than the largest chunk, or a chunk is no multiple of the disk's unit.
         StoreError: the file cannot be opened.
         StoreReadError: a read failed.
+        PlatformError: a combination asks for io_uring and there is none.
     """
     size = path.stat().st_size
     if min(c.chunk for c in combinations) < 1:
@@ -154,26 +177,37 @@ def measure(
     slices: dict[Combination, list[Slice]] = {c: [] for c in combinations}
     rng = np.random.default_rng(0)
     with contextlib.ExitStack() as stack:
-        readers = {n: ThreadReader([path], threads=n, direct=direct) for n in {c.threads for c in combinations}}
-        for reader in readers.values():
-            stack.callback(reader.close)
+        readers: dict[tuple[ReaderName, int], Reader] = {}
+        for c in combinations:
+            if (c.reader, c.threads) not in readers:
+                config = IoConfig(reader=c.reader, depth=c.threads, threads=c.threads)
+                reader = readers[c.reader, c.threads] = open_reader([path], config, direct=direct)
+                stack.callback(reader.close)
         buffer = stack.enter_context(AlignedBuffer(2 * max(_reads_in_batch(c) * c.chunk for c in combinations)))
         buffer.array.fill(1)  # touched, so that no page fault is timed
         before = machine.device_bytes_read()
         for i in range(rounds):
             for c in combinations:
-                progress(f"round {i + 1} of {rounds}: {c.pattern} {format_size(c.chunk)}, {c.threads} threads")
-                slices[c].append(_measure_slice(readers[c.threads], c, size, seconds / rounds, buffer, rng))
+                progress(f"round {i + 1} of {rounds}: {c.pattern} {format_size(c.chunk)}, {c.threads} in flight")
+                reader = readers[c.reader, c.threads]
+                slices[c].append(_measure_slice(reader, c, size, seconds / rounds, buffer, rng))
         after = machine.device_bytes_read()
-        reader = next(iter(readers.values()))
     asked = sum(s.bytes for parts in slices.values() for s in parts)
     return Measurement(
         results=tuple(_summary(c, parts) for c, parts in slices.items()),
         file_bytes=size,
         direct=reader.direct,
-        note=reader.note.partition(", ")[2],
+        note=_how(path, direct=direct),
         device_share=None if before is None or after is None else (after - before) / asked,
     )
+
+
+def _how(path: Path, *, direct: bool) -> str:
+    file = open_file(path, direct=direct)
+    try:
+        return describe([file])
+    finally:
+        file.close()
 
 
 def _reads_in_batch(c: Combination) -> int:
@@ -197,7 +231,7 @@ def _batches(c: Combination, file_bytes: int, rng: np.random.Generator) -> Itera
 
 
 def _measure_slice(
-    reader: ThreadReader,
+    reader: Reader,
     c: Combination,
     file_bytes: int,
     seconds: float,
@@ -236,7 +270,7 @@ def _summary(c: Combination, slices: Sequence[Slice]) -> Result:
 
 
 def fit_curve(results: Sequence[Result], threads: int) -> DiskCurve | None:
-    """The cost model that fits the random reads of this many threads best, in relative error; None from under two.
+    """The cost model that fits the random reads, so many in flight, best in relative error; None from under two.
 
     Seconds per read are fitted as per_read_s + chunk / bytes_per_s by least squares, each chunk size weighing alike.
     """

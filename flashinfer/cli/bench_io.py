@@ -1,4 +1,4 @@
-"""`flashinfer bench io`: how fast this disk is read, by size of read and number of threads."""
+"""`flashinfer bench io`: how fast this disk is read, by size of read, reader and number of reads in flight."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ def command(
     seconds: Annotated[float, typer.Option(min=0.01, help="Seconds per combination, over all rounds.")] = 1.0,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 5,
     chunk: Annotated[list[str] | None, typer.Option(help="Bytes per read; may be given several times.")] = None,
-    threads: Annotated[list[int] | None, typer.Option(min=1, help="Threads; may be given several times.")] = None,
+    threads: Annotated[list[int] | None, typer.Option(min=1, help="Reads in flight; as often as wanted.")] = None,
+    reader: Annotated[list[str] | None, typer.Option(help="auto, io_uring or threads; as often as wanted.")] = None,
     buffered: Annotated[bool, typer.Option("--buffered", help="Read through the page cache instead.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure random and sequential reads for each size and number of threads."""
+    """Measure random and sequential reads for each size, reader and number of reads in flight."""
     from rich.console import Console
     from rich.markup import escape
 
@@ -41,7 +42,9 @@ def command(
     with usage_errors():
         size = parse_size(file_size)
         chunks = [parse_size(c) for c in chunk] if chunk else io.CHUNKS
-        combinations = io.all_combinations(chunks, threads or io.THREADS)
+        combinations = io.all_combinations(
+            chunks, threads or io.THREADS, [io.reader_name(r) for r in reader or ["auto"]]
+        )
     with Console(stderr=True, highlight=False).status("") as status:
 
         def progress(text: str) -> None:
@@ -87,13 +90,14 @@ def _table(measured: Measurement) -> Table:
 
     from flashinfer.units import format_size
 
-    table = Table(title=f"reads of a file of {format_size(measured.file_bytes)}")
-    for name in ("pattern", "chunk", "threads", "MB/s", "range", "reads/s", "CPU s/GB"):
-        table.add_column(name, justify="left" if name == "pattern" else "right")
+    title = f"reads of a file of {format_size(measured.file_bytes)}"
+    table = Table(title=title, box=None, pad_edge=False, collapse_padding=True)  # fits into 80 columns
+    for name in ("pattern", "chunk", "reader", "in flight", "MB/s", "range", "reads/s", "CPU s/GB"):
+        table.add_column(name, justify="left" if name in ("pattern", "reader") else "right")
     for r in measured.results:
         c = r.combination
         table.add_row(
-            c.pattern, format_size(c.chunk), str(c.threads), f"{r.mb_per_s:.0f}", f"{r.low:.0f}-{r.high:.0f}",
+            c.pattern, format_size(c.chunk), c.reader, str(c.threads), f"{r.mb_per_s:.0f}", f"{r.low:.0f}-{r.high:.0f}",
             f"{r.reads_per_s:.0f}", f"{r.cpu_s_per_gb:.2f}",
         )  # fmt: skip
     return table

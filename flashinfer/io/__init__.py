@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flashinfer.config import IoConfig
+from flashinfer.errors import PlatformError
 from flashinfer.io.buffers import AlignedBuffer
 from flashinfer.io.memory import MemoryReader
 from flashinfer.io.plan import (
     RangePlan,
     RecordPlan,
+    cheapest,
     group_tiles,
     plan_range,
     plan_records,
@@ -18,6 +20,7 @@ from flashinfer.io.plan import (
 )
 from flashinfer.io.reader import Extents, Pending, Reader, ReaderFactory, ReadStats
 from flashinfer.io.threads import ThreadReader
+from flashinfer.io.uring import UringReader
 
 __all__ = [
     "AlignedBuffer",
@@ -30,6 +33,8 @@ __all__ = [
     "ReaderFactory",
     "RecordPlan",
     "ThreadReader",
+    "UringReader",
+    "cheapest",
     "group_tiles",
     "open_reader",
     "plan_range",
@@ -38,11 +43,23 @@ __all__ = [
 ]
 
 
-def open_reader(paths: Sequence[Path], config: IoConfig) -> Reader:
-    """The reader for these files on this machine; its `note` says how it reads.
+def open_reader(paths: Sequence[Path], config: IoConfig, *, direct: bool = True) -> Reader:
+    """The reader for these files on this machine; its `note` says how it reads, and why not with io_uring.
+
+    Without `direct`, reads go through the page cache.
 
     Raises:
         StoreError: a file cannot be opened.
-        PlatformError: on Windows.
+        PlatformError: on Windows, or io_uring was asked for by name and there is none.
     """
-    return ThreadReader(paths, threads=config.threads)
+    if config.reader == "threads":
+        return ThreadReader(paths, threads=config.threads, direct=direct)
+    try:
+        return UringReader(paths, depth=config.depth, direct=direct)
+    except PlatformError as error:
+        if config.reader == "io_uring":
+            raise PlatformError(f"no io_uring here: {error}; read with threads") from error
+        why = error
+    reader = ThreadReader(paths, threads=config.threads, direct=direct)
+    reader.note += f"; not with io_uring: {why}"
+    return reader

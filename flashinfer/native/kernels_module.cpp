@@ -1,2 +1,170 @@
+// What Python sees of the kernels: arrays are checked here, computed with in engine.cpp, the GIL released.
 #include <nanobind/nanobind.h>
-NB_MODULE(_kernels, m) { m.attr("probe") = 1; }
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "engine.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace flashinfer;
+
+namespace {
+
+template <class T, int N> using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+using Floats = Array<float, 2>;
+using ConstFloats = Array<const float, 2>;
+using Vector = Array<const float, 1>;
+using Bytes = Array<const std::uint8_t, 1>;
+using Index = Array<const std::int64_t, 2>;
+using Cache = nb::ndarray<nb::ro, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using OpenCache = nb::ndarray<nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+
+void require(bool holds, const char* what) {
+    if (!holds) throw nb::value_error(what);
+}
+
+Codec codec_of(int number) {
+    require(number >= 0 && number <= int(Codec::bf16), "no such codec");
+    return Codec(number);
+}
+
+std::vector<std::string> available() {
+    std::vector<std::string> names;
+    for (int i = 0; i < variants().count; i++)
+        if (variants().at[i].supported) names.emplace_back(variants().at[i].table->name);
+    return names;
+}
+
+const Table& table_named(const std::string& name) {
+    for (int i = 0; i < variants().count; i++) {
+        const Variant& variant = variants().at[i];
+        if (variant.supported && (name.empty() || name == variant.table->name)) return *variant.table;
+    }
+    throw nb::value_error("no such instruction set on this processor");
+}
+
+void construct(Engine* self, int threads, const std::string& name) {
+    require(threads >= 1 && threads < 1024, "threads must lie in 1..1023");
+    new (self) Engine(threads, table_named(name));
+}
+
+void linear(Engine& self, Floats out, long first, ConstFloats x, Bytes weights, int codec, long rows, long cols) {
+    const Codec c = codec_of(codec);
+    require(rows >= 0 && cols >= 1 && long(weights.size()) >= rows * cols * codec_bytes(c), "weights: too few bytes");
+    require(long(x.shape(1)) == cols && x.shape(0) == out.shape(0), "x does not fit the weights or out");
+    require(first >= 0 && first + rows <= long(out.shape(1)), "out has no place for these rows");
+    nb::gil_scoped_release free;
+    self.linear(out.data() + first, out.shape(1), x.data(), x.shape(0), weights.data(), c, rows, cols);
+}
+
+// Parts are (codec, byte offset in the bundle), the offset below 0 where there is none.
+void ffn(Engine& self, Floats acc, ConstFloats x, Array<const float, 3> fired, Bytes memory, Index offsets, long bundle,
+         int up, long up_at, int bias, long bias_at, int down, long down_at) {
+    const long tokens = x.shape(0), width = x.shape(1);
+    const Part parts[] = {{codec_of(up), up_at}, {codec_of(bias), bias_at}, {codec_of(down), down_at}};
+    for (const Part& part : parts) {
+        const long values = &part == &parts[1] ? 1 : width;
+        require(part.offset < 0 || part.offset + values * codec_bytes(part.codec) <= bundle, "a part ends behind its bundle");
+    }
+    require(down_at >= 0, "a bundle needs its down row");
+    require(long(acc.shape(0)) == tokens && long(acc.shape(1)) == width, "acc and x differ in shape");
+    require(fired.shape(0) == offsets.shape(0) && long(fired.shape(1)) == tokens && fired.shape(2) == offsets.shape(1) &&
+                fired.shape(2) <= 64, "fired does not fit x and offsets");
+    const std::int64_t last = std::int64_t(memory.size()) - bundle;
+    for (size_t i = 0; i < offsets.size(); i++)
+        require(offsets.data()[i] >= 0 && offsets.data()[i] <= last, "a bundle lies outside of the memory");
+    nb::gil_scoped_release free;
+    self.ffn(acc.data(), x.data(), tokens, width,
+             {fired.data(), memory.data(), offsets.data(), long(fired.shape(0)), long(fired.shape(2)), parts[0],
+              parts[1], parts[2]});
+}
+
+Codec cache_codec(nb::dlpack::dtype type) {
+    require(type == nb::dtype<std::uint16_t>() || type == nb::dtype<float>(), "a cache is float32, or float16 seen as uint16");
+    return type == nb::dtype<float>() ? Codec::f32 : Codec::f16;
+}
+
+void append(Engine& self, OpenCache cache, long at, ConstFloats x, long skip, long count) {
+    const Codec codec = cache_codec(cache.dtype());
+    const long heads = cache.shape(0), capacity = cache.shape(1), dim = cache.shape(2);
+    require(long(x.shape(1)) == heads * dim, "x does not fit the cache");
+    require(skip >= 0 && count >= 0 && skip + count <= long(x.shape(0)), "x has no such rows");
+    require(at >= 0 && at + count <= capacity, "positions beyond the cache");
+    nb::gil_scoped_release free;
+    self.append(static_cast<std::uint8_t*>(cache.data()), codec, x.data() + skip * heads * dim, count, heads, capacity,
+                dim, at);
+}
+
+void attend(Engine& self, Floats out, ConstFloats q, Cache k, Cache v, long first, long heads) {
+    for (int i = 0; i < 3; i++) require(k.dtype() == v.dtype() && k.shape(i) == v.shape(i), "keys and values differ");
+    const KeyValues kv{static_cast<const std::uint8_t*>(k.data()), static_cast<const std::uint8_t*>(v.data()),
+                       cache_codec(k.dtype()), long(k.shape(0)), long(k.shape(1)), long(k.shape(2))};
+    const long tokens = q.shape(0);
+    require(out.shape(0) == q.shape(0) && out.shape(1) == q.shape(1) && long(q.shape(1)) == heads * kv.dim,
+            "q or out is not [tokens, heads * dim]");
+    require(kv.heads > 0 && heads % kv.heads == 0, "heads are no multiple of the heads in the cache");
+    require(first >= 0 && first + tokens <= kv.capacity, "positions beyond the cache");
+    nb::gil_scoped_release free;
+    self.attend(out.data(), q.data(), tokens, kv, first, heads);
+}
+
+void norm(Engine& self, Floats out, ConstFloats x, std::optional<Vector> weight, std::optional<Vector> bias, bool center,
+          float eps) {
+    require(out.shape(0) == x.shape(0) && out.shape(1) == x.shape(1), "out and x differ in shape");
+    require(!weight || weight->size() == x.shape(1), "weight does not fit x");
+    require(!bias || bias->size() == x.shape(1), "bias does not fit x");
+    nb::gil_scoped_release free;
+    self.norm(out.data(), x.data(), x.shape(0), x.shape(1), weight ? weight->data() : nullptr,
+              bias ? bias->data() : nullptr, center, eps);
+}
+
+void rotate(Engine& self, Floats out, ConstFloats x, long dim, ConstFloats cos, ConstFloats sin) {
+    const long tokens = x.shape(0), width = x.shape(1), half = cos.shape(1);
+    require(long(out.shape(0)) == tokens && long(out.shape(1)) == width, "out and x differ in shape");
+    require(dim > 0 && width % dim == 0 && 2 * half <= dim, "the width is no multiple of the head, or the head too small");
+    require(long(cos.shape(0)) == tokens && long(sin.shape(0)) == tokens && long(sin.shape(1)) == half,
+            "cos and sin do not fit x");
+    nb::gil_scoped_release free;
+    self.rotate(out.data(), x.data(), tokens, width / dim, dim, cos.data(), sin.data(), half);
+}
+
+void fire(Engine& self, Array<float, 3> out, ConstFloats gate, int activation, Index index) {
+    const long tokens = gate.shape(0), neurons = gate.shape(1);
+    require(activation >= 0 && activation <= int(Activation::gelu_quick), "no such activation");
+    require(out.shape(0) == index.shape(0) && long(out.shape(1)) == tokens && out.shape(2) == index.shape(1),
+            "out does not fit gate and index");
+    for (size_t i = 0; i < index.size(); i++) require(index.data()[i] < neurons, "an index beyond the neurons");
+    nb::gil_scoped_release free;
+    self.fire(out.data(), gate.data(), tokens, neurons, Activation(activation), index.data(), index.shape(0),
+              index.shape(1));
+}
+
+}  // namespace
+
+NB_MODULE(_kernels, m) {
+    m.def("available", available);
+    nb::class_<Engine>(m, "Engine")
+        .def("__init__", construct, "threads"_a, "instructions"_a = "")
+        .def_prop_ro("name", &Engine::name)
+        .def_prop_ro("scratch_bytes", &Engine::scratch_bytes)
+        // noconvert: a converted copy of an output would swallow the result
+        .def("linear", linear, "out"_a.noconvert(), "first"_a, "x"_a.noconvert(), "weights"_a.noconvert(), "codec"_a,
+             "rows"_a, "cols"_a)
+        .def("ffn", ffn, "acc"_a.noconvert(), "x"_a.noconvert(), "fired"_a.noconvert(), "memory"_a.noconvert(),
+             "offsets"_a.noconvert(), "bundle"_a, "up"_a, "up_at"_a, "bias"_a, "bias_at"_a, "down"_a, "down_at"_a)
+        .def("append", append, "cache"_a.noconvert(), "at"_a, "x"_a.noconvert(), "skip"_a, "count"_a)
+        .def("attend", attend, "out"_a.noconvert(), "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "first"_a,
+             "heads"_a)
+        .def("norm", norm, "out"_a.noconvert(), "x"_a.noconvert(), "weight"_a.noconvert().none(),
+             "bias"_a.noconvert().none(), "center"_a, "eps"_a)
+        .def("rotate", rotate, "out"_a.noconvert(), "x"_a.noconvert(), "dim"_a, "cos"_a.noconvert(), "sin"_a.noconvert())
+        .def("fire", fire, "out"_a.noconvert(), "gate"_a.noconvert(), "activation"_a, "index"_a.noconvert())
+        .def("close", &Engine::close, nb::call_guard<nb::gil_scoped_release>());
+}

@@ -51,11 +51,11 @@ template <typename Step> void until_done(Ring &ring, Step &&step) {
   }
 }
 
-std::unique_ptr<Ring> make(const std::vector<std::tuple<int, std::int64_t, bool>> &files, unsigned depth) {
+void make(Ring *place, const std::vector<std::tuple<int, std::int64_t, bool>> &files, unsigned depth) {
   std::vector<File> all;
   for (const auto &[fd, alignment, forget] : files)
     all.push_back({fd, alignment, forget});
-  return std::make_unique<Ring>(std::move(all), depth);
+  new (place) Ring(std::move(all), depth);
 }
 
 std::shared_ptr<Batch> submit(Ring &ring, std::size_t file, const Column &offsets, const Column &lengths,
@@ -113,7 +113,7 @@ NB_MODULE(_ring, m) {
   nb::register_exception_translator(translate);
   nb::class_<Batch>(m, "Batch");
   nb::class_<Ring>(m, "Ring")
-      .def(nb::new_(&make), "files"_a, "depth"_a)
+      .def("__init__", &make, "files"_a, "depth"_a)
       .def_ro("registered", &Ring::registered)
       .def("submit", &submit, "file"_a, "offsets"_a, "lengths"_a, "targets"_a, "target"_a)
       .def("wait", &wait, "batch"_a)

@@ -12,7 +12,7 @@ from flashinfer.bench import io
 from flashinfer.bench.io import Combination, Result, all_combinations, file_to_read, fit_curve, measure
 from flashinfer.bench.place import place_of
 from flashinfer.cli import main
-from flashinfer.errors import DiskFullError, StoreError
+from flashinfer.errors import DiskFullError, PlatformError, StoreError
 from flashinfer.units import KIB, MIB
 
 
@@ -95,7 +95,39 @@ def test_the_command_prints_one_json_object(tmp_path: Path, capsys: pytest.Captu
     said = json.loads(capsys.readouterr().out)
     assert said["schema_version"] == 1
     assert len(said["results"]) == 4
-    assert said["results"][0].keys() >= {"pattern", "chunk", "threads", "mb_per_s", "low", "high", "cpu_s_per_gb"}
+    assert said["results"][0].keys() >= {
+        "pattern",
+        "chunk",
+        "threads",
+        "reader",
+        "mb_per_s",
+        "low",
+        "high",
+        "cpu_s_per_gb",
+    }
+
+
+def test_readers_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    both = ["--reader", "auto", "--reader", "threads", "--threads", "2", "--threads", "3"]
+    assert main(["bench", "io", str(tmp_path), *QUICK, *both, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert len(said["results"]) == 16
+    assert {(row["reader"], row["threads"]) for row in said["results"]} == {
+        (name, n) for name in ("auto", "threads") for n in (2, 3)
+    }
+
+
+def test_an_io_uring_that_is_not_there_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PlatformError("the kernel refused it: Operation not permitted")
+
+    monkeypatch.setattr("flashinfer.io.UringReader", refused)
+    assert main(["bench", "io", str(tmp_path), *QUICK, "--reader", "io_uring"]) == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert "no io_uring here: the kernel refused it: Operation not permitted" in said[0]
 
 
 def test_the_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +137,7 @@ def test_the_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "device:" in out
 
 
-@pytest.mark.parametrize("wrong", [["--chunk", "much"], ["--chunk", "2MiB"], ["--threads", "0"]])
+@pytest.mark.parametrize("wrong", [["--chunk", "much"], ["--chunk", "2MiB"], ["--threads", "0"], ["--reader", "aio"]])
 def test_wrong_usage(tmp_path: Path, wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "io", str(tmp_path), "--file-size", "1MiB", *wrong]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1

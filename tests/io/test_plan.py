@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flashinfer.config import DiskCurve
 from flashinfer.io import (
     AlignedBuffer,
     Extents,
     MemoryReader,
     RecordPlan,
+    cheapest,
     group_tiles,
     plan_range,
     plan_records,
@@ -205,3 +207,46 @@ def test_union_is_reduced_over_shared_records() -> None:
     )
     assert (first, last) == (0, 3)
     assert plan.records.tolist() == reduce(np.union1d, tiles).tolist()
+
+
+curves = st.builds(
+    DiskCurve,
+    per_read_s=st.sampled_from([0.0, 1e-6, 12e-6, 1e-3]),
+    bytes_per_s=st.sampled_from([1e6, 2e9]),
+    latency_s=st.sampled_from([0.0, 60e-6, 1e-2]),
+)
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(knobs(), record_sets, curves, st.integers(1, 40), st.integers(0, MOST_RECORDS * 20))
+def test_the_cheapest_is_no_dearer_than_either_choice(
+    knob: Knobs, records: list[int], disk: DiskCurve, in_flight: int, room: int
+) -> None:
+    pieces, run = knob.plan(records), Knobs(**{**knob.__dict__, "max_gap": 1 << 40}).plan(records)
+    limits = {name: value for name, value in knob.__dict__.items() if name != "max_gap"}
+    budget = pieces.extents.total + room * UNIT
+    found = cheapest(pieces, disk, in_flight=in_flight, budget=budget, **limits)
+
+    def seconds(plan: RecordPlan) -> float:
+        reads = len(plan.extents.offsets)
+        return disk.seconds(reads, plan.extents.total, min(in_flight, reads))
+
+    choices = [pieces, *([run] if run.extents.total <= budget else [])]
+    assert seconds(found) == min(map(seconds, choices))
+    assert found.extents.total <= budget
+    assert units_read(found.extents) in [units_read(plan.extents) for plan in choices]
+    blob = np.random.default_rng(0).bytes(knob.file_bytes)
+    held = read(found.extents, knob.file_bytes, knob.alignment)
+    for record, place in zip(records, found.places.tolist(), strict=True):
+        start = knob.offset + record * knob.record_bytes
+        assert held[place : place + knob.record_bytes] == blob[start : start + knob.record_bytes]
+
+
+def test_a_whole_layer_is_read_from_end_to_end_where_latency_counts() -> None:
+    """Every other of 16 records of 4 KiB: eight reads of which two are in flight, or one of 60 KiB."""
+    limits = {"record_bytes": 4096, "offset": 0, "alignment": 4096, "max_extent": 1 << 20}
+    pieces = plan_records(np.arange(0, 16, 2), **limits, max_gap=0)
+    slow, deep = DiskCurve(1e-6, 2e9, 60e-6), DiskCurve(1e-6, 2e9, 0.0)
+    assert cheapest(pieces, slow, in_flight=2, budget=1 << 20, **limits).extents.lengths.tolist() == [15 * 4096]
+    assert cheapest(pieces, slow, in_flight=2, budget=14 * 4096, **limits) is pieces
+    assert cheapest(pieces, deep, in_flight=2, budget=1 << 20, **limits) is pieces

@@ -243,7 +243,7 @@ def test_one_slow_read_does_not_hold_up_the_others(tmp_path: Path, monkeypatch: 
 
 
 def test_open_reader_follows_the_config(tmp_path: Path) -> None:
-    reader = open_reader(write(tmp_path, (contents(1),)), IoConfig(threads=3))
+    reader = open_reader(write(tmp_path, (contents(1),)), IoConfig(reader="threads", threads=3))
     assert reader.note.startswith("3 threads")
     reader.close()
 

@@ -1,0 +1,170 @@
+"""The verbs in C++ on the CPU: `flashinfer.native._kernels` on numpy arrays.
+
+Every sum has one fixed order that depends on nothing but the lengths of the operands (`native/table.hpp`), so results
+are the same bits for decode and prefill, for any split of a prompt, number of threads and instruction set.
+Weights are multiplied straight from their bytes: this backend never holds them in another form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from flashinfer.backend.base import Bundle, Bytes, Floats, Index, KvType, Part
+from flashinfer.config import TILE_NEURONS, TILE_TOKENS
+from flashinfer.native._kernels import Engine
+from flashinfer.quant import codec_named
+from flashinfer.store.facts import Activation
+from flashinfer.store.geometry import round_up
+
+CODECS = {"f32": 0, "f16": 1, "bf16": 2}
+ACTIVATIONS: dict[Activation, int] = {
+    "relu": 0, "relu2": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4, "gelu_quick": 5
+}  # fmt: skip
+TASK_TOKENS = 8
+"""Queries of one attention task in prefill (`TOKENS` in native/engine.cpp)."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Weights `[rows, cols]` in the bytes they have in the store."""
+
+    raw: Bytes
+    codec: str
+    rows: int
+    cols: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.rows, self.cols
+
+
+@dataclass(frozen=True)
+class Kv:
+    """Keys and values `[kv heads, positions, head_dim]` in float32 or float16; `bits` are the same arrays as the
+    kernels want them (float16 as uint16)."""
+
+    k: npt.NDArray[np.floating]
+    v: npt.NDArray[np.floating]
+    bits: tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]
+
+
+class NativeBackend:
+    """See `backend.base.Backend`.
+
+    instructions: the instruction set, one of `flashinfer.native._kernels.available()`; the best one where empty.
+    """
+
+    def __init__(self, threads: int = 1, instructions: str = "") -> None:
+        self._engine = Engine(threads, instructions)
+        self.name = f"native-{self._engine.name}"
+        self.threads = threads
+
+    weight_scratch = 0
+    """Bytes per thread that hold weights in converted or copied form: none."""
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of activations and pointers kept between calls; grows to what the calls so far needed."""
+        return self._engine.scratch_bytes
+
+    # -- buffers
+
+    def vector(self, values: Floats) -> Floats:
+        return np.array(values, dtype=np.float32, order="C")
+
+    def matrix(self, raw: Bytes, codec: str, rows: int, cols: int, *, keep: bool) -> Matrix:
+        return Matrix(raw, codec, rows, cols)
+
+    def zeros(self, tokens: int, width: int) -> Floats:
+        return np.zeros((tokens, width), dtype=np.float32)
+
+    def place(self, values: Floats) -> Floats:
+        return np.array(values, dtype=np.float32, order="C")
+
+    def take(self, x: Floats, row: int) -> Floats:
+        return x[row : row + 1].copy()
+
+    def fetch(self, x: Floats) -> Floats:
+        return x.copy()
+
+    def rows(self, weights: Matrix, ids: Index) -> Floats:
+        picked = weights.raw.reshape(weights.rows, -1)[ids]
+        return codec_named(weights.codec).decode(picked)
+
+    def close(self) -> None:
+        self._engine.close()
+
+    # -- dense parts
+
+    def linear(self, out: Floats, first: int, x: Floats, weights: Matrix) -> None:
+        self._engine.linear(out, first, x, weights.raw, CODECS[weights.codec], weights.rows, weights.cols)
+
+    def add(self, x: Floats, y: Floats) -> Floats:
+        return np.add(x, y, out=x)
+
+    def norm(
+        self, x: Floats, weight: Floats | None, bias: Floats | None, kind: Literal["rms", "layer"], eps: float
+    ) -> Floats:
+        out = np.empty_like(x)
+        self._engine.norm(out, x, weight, bias if kind == "layer" else None, kind == "layer", eps)
+        return out
+
+    def rotate(self, x: Floats, head_dim: int, cos: Floats, sin: Floats) -> Floats:
+        out = np.empty_like(x)
+        self._engine.rotate(out, x, head_dim, cos, sin)
+        return out
+
+    # -- attention
+
+    def new_kv(self, kv_heads: int, head_dim: int, capacity: int, dtype: KvType) -> Kv:
+        # whole tiles: the padding rows of a prompt's last tile may stand for positions beyond the capacity
+        shape = (kv_heads, round_up(capacity, TILE_TOKENS), head_dim)
+        k, v = (np.zeros(shape, dtype=np.float32 if dtype == "f32" else np.float16) for _ in "kv")
+        return Kv(k, v, (k, v) if dtype == "f32" else (k.view(np.uint16), v.view(np.uint16)))
+
+    def append_kv(self, kv: Kv, at: int, k: Floats, v: Floats, skip: int, count: int) -> None:
+        for cache, new in zip(kv.bits, (k, v), strict=True):
+            self._engine.append(cache, at, new, skip, count)
+
+    def fetch_kv(self, kv: Kv, count: int) -> Floats:
+        heads, _, dim = kv.k.shape
+        out = np.empty((2, count, heads, dim), dtype=np.float32)
+        for to, cache in zip(out, (kv.k, kv.v), strict=True):
+            to[:] = cache[:, :count].swapaxes(0, 1)
+        return out.reshape(2, count, heads * dim)
+
+    def attend(self, q: Floats, kv: Kv, first: int, heads: int) -> Floats:
+        out = np.empty_like(q)
+        self._engine.attend(out, q, *kv.bits, first, heads)
+        return out
+
+    @staticmethod
+    def attention_scratch(heads: int, kv_heads: int, head_dim: int, capacity: int) -> int:
+        """Bytes of scores and sums per thread that `attend` keeps, at most."""
+        group = heads // kv_heads
+        queries = group * max(1, TASK_TOKENS // group)
+        return 4 * queries * (round_up(capacity, TILE_TOKENS) + 2 * head_dim + 1)
+
+    # -- feed-forward
+
+    def positive(self, gate: Floats, skip: int, count: int) -> npt.NDArray[np.bool_]:
+        return gate[skip : skip + count] > 0
+
+    def fire(self, gate: Floats, activation: Activation, index: Index) -> Floats:
+        out = np.empty((len(index), len(gate), TILE_NEURONS), dtype=np.float32)
+        self._engine.fire(out, gate, ACTIVATIONS[activation], index)
+        return out
+
+    def ffn(self, acc: Floats, x: Floats, fired: Floats, memory: Bytes, offsets: Index, bundle: Bundle) -> None:
+        parts = (*_place(bundle.up), *_place(bundle.up_bias), *_place(bundle.down))
+        self._engine.ffn(acc, x, fired, memory, offsets, bundle.bytes, *parts)
+
+
+def _place(part: Part | None) -> tuple[int, int]:
+    """Codec and byte offset of a part, as the kernels want it."""
+    return (0, -1) if part is None else (CODECS[part.codec], part.offset)

@@ -1,0 +1,61 @@
+"""The CPU kernels. Arrays are C-contiguous; nothing is converted or copied. Every function that computes releases the
+GIL. Shapes that do not fit raise ValueError, types that do not TypeError."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_Floats = npt.NDArray[np.float32]
+_Bytes = npt.NDArray[np.uint8]
+_Index = npt.NDArray[np.int64]
+
+def available() -> list[str]:
+    """The instruction sets this build and this processor have, the best first; "portable" always."""
+
+class Engine:
+    """Kernels of one instruction set and a pool of threads, the caller's among them."""
+
+    def __init__(self, threads: int, instructions: str = "") -> None:
+        """ValueError for an instruction set that is not available; empty means the best one."""
+    @property
+    def name(self) -> str:
+        """The instruction set."""
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of activations and pointers kept between calls."""
+    def linear(self, out: _Floats, first: int, x: _Floats, weights: _Bytes, codec: int, rows: int, cols: int) -> None:
+        """`out[:, first : first + rows] = x @ weights.T`; codec 0: f32, 1: f16, 2: bf16."""
+    def ffn(
+        self,
+        acc: _Floats,
+        x: _Floats,
+        fired: _Floats,
+        memory: _Bytes,
+        offsets: _Index,
+        bundle: int,
+        up: int,
+        up_at: int,
+        bias: int,
+        bias_at: int,
+        down: int,
+        down_at: int,
+    ) -> None:
+        """See `Backend.ffn`. A bundle has `bundle` bytes; its parts are (codec, byte offset), below 0: none."""
+    def append(self, cache: npt.NDArray[Any], at: int, x: _Floats, skip: int, count: int) -> None:
+        """Positions at .. at+count of `cache` `[kv heads, positions, dim]` (float32, or float16 seen as uint16) become
+        rows skip .. skip+count of x."""
+    def attend(
+        self, out: _Floats, q: _Floats, k: npt.NDArray[Any], v: npt.NDArray[Any], first: int, heads: int
+    ) -> None:
+        """Causal attention; k, v `[kv heads, positions, dim]` in float32, or float16 seen as uint16."""
+    def norm(
+        self, out: _Floats, x: _Floats, weight: _Floats | None, bias: _Floats | None, center: bool, eps: float
+    ) -> None:
+        """RMSNorm; LayerNorm with `center`."""
+    def rotate(self, out: _Floats, x: _Floats, dim: int, cos: _Floats, sin: _Floats) -> None:
+        """Rotary positions on heads of `dim` values, halves convention."""
+    def fire(self, out: _Floats, gate: _Floats, activation: int, index: _Index) -> None:
+        """`out[tile, t, n] = activation(gate[t, index[tile, n]])`, 0 where the index is negative."""
+    def close(self) -> None:
+        """End the threads. Idempotent; a later call starts them again."""

@@ -1,0 +1,97 @@
+// The verbs of the backend: work split over threads such that the split cannot be seen in the results.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "pool.hpp"
+#include "table.hpp"
+
+namespace flashinfer {
+
+// Scratch memory that grows and is kept; what it held is lost when it grows.
+template <class T> class Scratch {
+   public:
+    T* get(long count) {
+        if (count > size_) {
+            data_.reset();
+            data_.reset(new T[count]);
+            size_ = count;
+        }
+        return data_.get();
+    }
+    long bytes() const { return size_ * long(sizeof(T)); }
+
+   private:
+    std::unique_ptr<T[]> data_;
+    long size_ = 0;
+};
+
+struct Part {
+    Codec codec;
+    long offset;  // in the bundle; below 0: there is none
+};
+
+struct Neurons {
+    const float* fired;  // [tiles, tokens, tile]
+    const std::uint8_t* memory;
+    const std::int64_t* offsets;  // [tiles, tile]
+    long tiles, tile;
+    Part up, up_bias, down;
+};
+
+struct KeyValues {
+    const std::uint8_t *k, *v;  // [heads, capacity, dim]
+    Codec codec;
+    long heads, capacity, dim;
+};
+
+class Engine {
+   public:
+    Engine(int threads, const Table& table) : table_(table), pool_(threads) {}
+
+    // out[t, :rows] = x[t] @ weights.T; rows of `out` lie `out_stride` apart.
+    void linear(float* out, long out_stride, const float* x, long tokens, const std::uint8_t* weights, Codec codec,
+                long rows, long cols);
+
+    // acc[t] += what the neurons give for x[t], one neuron after the other.
+    void ffn(float* acc, const float* x, long tokens, long width, const Neurons& neurons);
+
+    // Positions at, at + 1, ... of a cache of keys or values become `tokens` rows of x, [tokens, heads * dim].
+    void append(std::uint8_t* cache, Codec codec, const float* x, long tokens, long heads, long capacity, long dim,
+                long at);
+
+    // Causal attention of tokens at positions first, first + 1, ...; q and out are [tokens, heads * dim].
+    void attend(float* out, const float* q, long tokens, const KeyValues& kv, long first, long heads);
+
+    void norm(float* out, const float* x, long tokens, long width, const float* weight, const float* bias, bool center,
+              float eps);
+    void rotate(float* out, const float* x, long tokens, long heads, long dim, const float* cos, const float* sin,
+                long half);
+
+    // out[tile, t, n] = activation(gate[t, index[tile, n]]), 0 where the index is negative.
+    void fire(float* out, const float* gate, long tokens, long neurons, Activation activation, const std::int64_t* index,
+              long tiles, long tile);
+
+    const char* name() const { return table_.name; }
+    long scratch_bytes() const;
+    void close() { pool_.close(); }
+
+   private:
+    void ffn_one(float* acc, const float* x, long width, const Neurons& neurons);
+    void ffn_tile(float* acc, const float* x, long tokens, long width, const Neurons& neurons, long tile);
+    void attend_some(float* out, const float* q, long tokens, const KeyValues& kv, long first, long heads, long head,
+                     float* scratch);
+
+    // Whether so many multiply-adds are worth waking a thread for.
+    template <class F> void spread(long tasks, long work, const F& f);
+
+    const Table& table_;
+    Pool pool_;
+    Scratch<const std::uint8_t*> rows_;
+    Scratch<float> values_;
+    Scratch<std::int32_t> lists_;
+    Scratch<float> attention_;
+};
+
+}  // namespace flashinfer

@@ -1,0 +1,259 @@
+"""What every backend must do. A backend's test class inherits from `BackendConformance`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flashinfer.backend import Backend, Bundle, Part
+from flashinfer.config import TILE_NEURONS
+from tests.backend.reference import activated, attended, encoded, normed, unaligned
+
+TOKENS = [1, 16, 48]
+CODECS = ["f32", "f16", "bf16"]
+
+
+def normal(seed: int, *shape: int) -> Any:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def near(found: Any, expected: Any, tolerance: float = 2e-5) -> bool:
+    return bool(np.abs(found - expected).max() <= tolerance * max(1.0, np.abs(expected).max()))
+
+
+class Layer:
+    """Bundles of a layer in a memory that starts at an odd address, a bundle of zeros at its start."""
+
+    def __init__(self, codec: str, neurons: int, width: int, *, gated: bool, bias: bool, seed: int = 1) -> None:
+        self.up, self.down, self.bias = None, None, None
+        columns, parts, at = [], {}, 0
+        for name, elements, wanted, kind in [
+            ("up", width, gated, codec), ("down", width, True, codec), ("bias", 1, bias, "f32")
+        ]:  # fmt: skip
+            if wanted:
+                raw, values = encoded(normal(seed + len(parts), neurons, elements) / np.sqrt(elements), kind)
+                setattr(self, name, values)
+                parts[name] = Part(at, elements, kind)
+                columns.append(raw)
+                at += raw.shape[1]
+        bundles = np.concatenate([np.zeros((1, at), np.uint8), np.concatenate(columns, axis=1)])
+        self.memory = unaligned(bundles)
+        self.bundle = Bundle(at, parts["down"], parts.get("up"), parts.get("bias"))
+
+    def offsets(self, index: Any) -> Any:
+        return (index + 1) * self.bundle.bytes
+
+    def expected(self, acc: Any, x: Any, fired: Any, index: Any) -> Any:
+        out = acc.astype(np.float64)
+        for tile, row in enumerate(index):
+            for place, n in enumerate(row):
+                if n < 0:
+                    continue
+                h = fired[tile, :, place].astype(np.float64)
+                if self.up is not None:
+                    h = h * (x @ self.up[n] + (0 if self.bias is None else self.bias[n, 0]))
+                out += h[:, None] * self.down[n]
+        return out
+
+
+def fired_for(tokens: int, index: Any, share: float, seed: int = 5) -> Any:
+    rng = np.random.default_rng(seed)
+    fired = rng.standard_normal((len(index), tokens, TILE_NEURONS)).astype(np.float32)
+    fired[rng.random(fired.shape) >= share] = 0
+    return np.where(index[:, None, :] < 0, np.float32(0), fired)
+
+
+def tiles_of(neurons: int) -> Any:
+    index = np.full((-(-neurons // TILE_NEURONS), TILE_NEURONS), -1, dtype=np.int64)
+    index.reshape(-1)[:neurons] = np.arange(neurons)
+    return index
+
+
+class BackendConformance:
+    """The suite. `make(threads)` opens the backend."""
+
+    def make(self, threads: int) -> Backend:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def backend(self):
+        backend = self.make(2)
+        yield backend
+        backend.close()
+
+    # -- buffers
+
+    def test_says_what_it_is(self, backend: Backend) -> None:
+        assert backend.name
+        assert backend.threads == 2
+
+    def test_buffers_are_copies(self, backend: Backend) -> None:
+        values = normal(1, 3, 5)
+        x = backend.place(values)
+        kept = values.copy()
+        values[:] = 0
+        assert np.array_equal(backend.fetch(x), kept)
+        one = backend.take(x, 2)
+        backend.add(x, x)
+        assert np.array_equal(backend.fetch(one), kept[2:])
+        fetched = backend.fetch(one)
+        backend.add(one, one)
+        assert np.array_equal(fetched, kept[2:])
+        assert not backend.fetch(backend.zeros(2, 7)).any()
+
+    @pytest.mark.parametrize("codec", CODECS)
+    def test_rows_are_exact(self, backend: Backend, codec: str) -> None:
+        raw, values = encoded(normal(2, 9, 21), codec)
+        matrix = backend.matrix(raw.reshape(-1), codec, 9, 21, keep=True)
+        assert np.array_equal(backend.rows(matrix, np.array([8, 0, 0, 3])), values[[8, 0, 0, 3]])
+
+    # -- dense parts
+
+    @pytest.mark.parametrize("codec", CODECS)
+    @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (3, 7), (17, 16), (130, 33), (257, 100), (300, 1056)])
+    @pytest.mark.parametrize("tokens", TOKENS)
+    def test_linear(self, backend: Backend, codec: str, rows: int, cols: int, tokens: int) -> None:
+        raw, values = encoded(normal(3, rows, cols), codec)
+        x = normal(4, tokens, cols)
+        out = backend.place(np.full((tokens, rows + 9), 7, np.float32))
+        backend.linear(out, 4, backend.place(x), backend.matrix(raw.reshape(-1), codec, rows, cols, keep=False))
+        found = backend.fetch(out)
+        assert near(found[:, 4 : 4 + rows], x @ values.T)
+        assert (found[:, :4] == 7).all()
+        assert (found[:, 4 + rows :] == 7).all()
+
+    @pytest.mark.parametrize("width", [1, 16, 50, 259])
+    @pytest.mark.parametrize("kind", ["rms", "layer"])
+    @pytest.mark.parametrize("given", [(False, False), (True, False), (True, True)])
+    def test_norm(self, backend: Backend, width: int, kind: Any, given: tuple[bool, bool]) -> None:
+        x = normal(6, 3, width) * 5 + 2
+        weight, bias = (normal(i, width) if given[i] else None for i in (0, 1))
+        if kind == "rms":
+            bias = None
+        vectors = [None if v is None else backend.vector(v) for v in (weight, bias)]
+        found = backend.fetch(backend.norm(backend.place(x), *vectors, kind, 1e-5))
+        assert near(found, normed(x, weight, bias, kind, 1e-5), 1e-4)
+
+    def test_add(self, backend: Backend) -> None:
+        x, y, vector = normal(1, 3, 20), normal(2, 3, 20), normal(3, 20)
+        placed = backend.place(x)
+        assert backend.add(placed, backend.place(y)) is placed
+        assert np.array_equal(backend.fetch(backend.add(placed, backend.vector(vector))), x + y + vector)
+
+    @pytest.mark.parametrize(("dim", "half"), [(8, 4), (20, 6), (64, 32)])
+    @pytest.mark.parametrize("tokens", [1, 16])
+    def test_rotate(self, backend: Backend, dim: int, half: int, tokens: int) -> None:
+        x, angle = normal(1, tokens, 3 * dim), np.random.default_rng(2).random((tokens, half))
+        cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+        found = backend.fetch(backend.rotate(backend.place(x), dim, cos, sin))
+        expected = x.reshape(tokens, 3, dim).astype(np.float64)
+        a, b = expected[..., :half].copy(), expected[..., half : 2 * half].copy()
+        expected[..., :half] = a * cos[:, None] - b * sin[:, None]
+        expected[..., half : 2 * half] = b * cos[:, None] + a * sin[:, None]
+        assert near(found, expected.reshape(tokens, -1), 1e-6)
+
+    # -- attention
+
+    @pytest.mark.parametrize("dtype", ["f32", "f16"])
+    @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 16), (6, 2, 20), (9, 1, 40)])
+    def test_attention(self, backend: Backend, dtype: Any, heads: int, kv_heads: int, dim: int) -> None:
+        tokens, width = 160, kv_heads * dim
+        q, k, v = normal(1, tokens, heads * dim), normal(2, tokens, width), normal(3, tokens, width)
+        kv = backend.new_kv(kv_heads, dim, tokens, dtype)
+        backend.append_kv(kv, 0, backend.place(k), backend.place(v), 0, 150)
+        backend.append_kv(kv, 150, backend.place(k), backend.place(v), 150, 10)
+        if dtype == "f16":
+            k, v = (a.astype(np.float16).astype(np.float32) for a in (k, v))
+        assert np.array_equal(backend.fetch_kv(kv, tokens), np.stack([k, v]))
+        expected = attended(q, k, v, 0, heads)
+        assert near(backend.fetch(backend.attend(backend.place(q), kv, 0, heads)), expected)
+        assert near(backend.fetch(backend.attend(backend.place(q[131:132]), kv, 131, heads)), expected[131:132])
+
+    def test_attention_does_not_depend_on_the_chunks(self, backend: Backend) -> None:
+        """Tokens of a chunk give the same bits with longer chunks, and with later keys already there."""
+        heads, dim, tokens = 4, 24, 144
+        q, k, v = (normal(i, tokens, heads * dim) for i in range(3))
+        kv = backend.new_kv(heads, dim, tokens, "f32")
+        pieces = []
+        for first, last in [(0, 16), (16, 112), (112, 144)]:
+            backend.append_kv(kv, first, *(backend.place(a[first:last]) for a in (k, v)), 0, last - first)
+            pieces.append(backend.fetch(backend.attend(backend.place(q[first:last]), kv, first, heads)))
+        whole = backend.fetch(backend.attend(backend.place(q), kv, 0, heads))
+        assert np.array_equal(np.concatenate(pieces), whole)
+
+    def test_padding_rows_may_lie_beyond_the_capacity(self, backend: Backend) -> None:
+        kv = backend.new_kv(2, 8, 21, "f32")
+        q, k = normal(1, 16, 16), normal(2, 16, 16)
+        backend.append_kv(kv, 16, backend.place(k), backend.place(k), 0, 5)
+        assert np.isfinite(backend.fetch(backend.attend(backend.place(q), kv, 16, 2))).all()
+
+    # -- feed-forward
+
+    def test_positive(self, backend: Backend) -> None:
+        gate = np.array([[1, -1, 0.0], [-0.0, 2, np.nan], [3, 3, 3]], dtype=np.float32)
+        assert backend.positive(backend.place(gate), 0, 2).tolist() == [[True, False, False], [False, True, False]]
+
+    @pytest.mark.parametrize("kind", ["relu", "relu2", "silu", "gelu", "gelu_tanh", "gelu_quick"])
+    @pytest.mark.parametrize("tokens", [1, 16])
+    def test_fire(self, backend: Backend, kind: Any, tokens: int) -> None:
+        gate = normal(1, tokens, 150) * 8
+        gate[:, :12] = [0, -0.0, 1e-30, -1e-30, 30, -30, 88.8, -87.5, 100, -100, 1000, -1000]
+        index = np.random.default_rng(2).permutation(192).reshape(3, TILE_NEURONS) - 42
+        found = backend.fetch(backend.fire(backend.place(gate), kind, index))
+        assert found.shape == (3, tokens, TILE_NEURONS)
+        expected = np.where(index < 0, 0, activated(gate, kind)[:, np.maximum(index, 0)]).swapaxes(0, 1)
+        assert np.allclose(found, expected, rtol=3e-6, atol=2e-6)
+
+    @pytest.mark.parametrize("codec", CODECS)
+    @pytest.mark.parametrize(("gated", "bias"), [(True, False), (True, True), (False, False)])
+    @pytest.mark.parametrize("tokens", TOKENS)
+    @pytest.mark.parametrize("share", [1.0, 0.6, 0.05])
+    @pytest.mark.parametrize("width", [40, 133])
+    def test_ffn(
+        self, backend: Backend, codec: str, gated: bool, bias: bool, tokens: int, share: float, width: int
+    ) -> None:
+        layer, index = Layer(codec, 150, width, gated=gated, bias=bias), tiles_of(150)
+        x, acc, fired = normal(7, tokens, width), normal(8, tokens, width), fired_for(tokens, index, share)
+        placed = backend.place(acc)
+        backend.ffn(placed, backend.place(x), backend.place(fired), layer.memory, layer.offsets(index), layer.bundle)
+        assert near(backend.fetch(placed), layer.expected(acc, x, fired, index))
+
+    # -- what must not matter
+
+    @pytest.mark.parametrize("tokens", [1, 32])
+    def test_threads_do_not_change_a_bit(self, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        results = []
+        for threads in (1, 2, 3):
+            backend = self.make(threads)
+            results.append(everything(backend, tokens))
+            backend.close()
+        for other in results[1:]:
+            assert all(np.array_equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def test_close_may_be_repeated(self) -> None:
+        backend = self.make(2)
+        backend.close()
+        backend.close()
+
+
+def everything(backend: Backend, tokens: int, codec: str = "f16", width: int = 280, seed: int = 1) -> list[Any]:
+    """One result of every verb whose work may be split, large enough to be."""
+    heads, dim = 4, width // 4
+    x = backend.place(normal(seed, tokens, width))
+    raw, _ = encoded(normal(seed + 1, 600, width), codec)
+    gate = backend.zeros(tokens, 600)
+    backend.linear(gate, 0, x, backend.matrix(raw.reshape(-1), codec, 600, width, keep=False))
+    layer, index = Layer(codec, 600, width, gated=True, bias=True), tiles_of(600)
+    results = [gate]
+    for kind in ("relu", "silu"):
+        fired = backend.fire(gate, kind, index)  # type: ignore[arg-type]
+        acc = backend.zeros(tokens, width)
+        backend.ffn(acc, x, fired, layer.memory, layer.offsets(index), layer.bundle)
+        results += [fired, acc]
+    kv = backend.new_kv(2, dim, 256, "f16")
+    old = backend.place(normal(seed + 2, 208, 2 * dim))
+    backend.append_kv(kv, 0, old, old, 0, 208)
+    results += [backend.attend(x, kv, 176, heads), backend.norm(x, None, None, "layer", 1e-5)]
+    return [backend.fetch(r) for r in results]

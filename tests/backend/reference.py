@@ -1,0 +1,71 @@
+"""The verbs in float64 numpy, as plainly as they can be written."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flashinfer.quant import codec_named
+
+Array = npt.NDArray[Any]
+
+
+def encoded(values: Array, codec: str) -> tuple[npt.NDArray[np.uint8], Array]:
+    """Rows as bytes `[rows, row bytes]`, and the values those stand for."""
+    raw = codec_named(codec).encode(values.astype(np.float32))
+    return raw, codec_named(codec).decode(raw).astype(np.float64)
+
+
+def unaligned(raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """The same bytes at an odd address."""
+    memory = np.empty(raw.size + 64, dtype=np.uint8)
+    at = 1 - memory.ctypes.data % 2 + 2 * 7
+    memory[at : at + raw.size] = raw.reshape(-1)
+    return memory[at : at + raw.size]
+
+
+def activated(x: Array, kind: str) -> Array:
+    x = x.astype(np.float64)
+    erf = np.vectorize(math.erf, otypes=[np.float64])
+    with np.errstate(over="ignore"):
+        match kind:
+            case "relu":
+                return np.maximum(x, 0)
+            case "relu2":
+                return np.maximum(x, 0) ** 2
+            case "silu":
+                return x / (1 + np.exp(-x))
+            case "gelu":
+                return 0.5 * x * (1 + erf(x / math.sqrt(2)))
+            case "gelu_tanh":
+                return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+            case _:
+                return x / (1 + np.exp(-1.702 * x))
+
+
+def normed(x: Array, weight: Array | None, bias: Array | None, kind: str, eps: float) -> Array:
+    x = x.astype(np.float64)
+    if kind == "layer":
+        x = x - x.mean(-1, keepdims=True)
+    y = x / np.sqrt((x**2).mean(-1, keepdims=True) + eps)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def attended(q: Array, k: Array, v: Array, first: int, heads: int) -> Array:
+    """q `[tokens, heads * dim]` at positions first, ...; k, v `[positions, kv heads * dim]`."""
+    tokens = len(q)
+    dim = q.shape[1] // heads
+    kv_heads = k.shape[1] // dim
+    qs, ks, vs = (a.astype(np.float64).reshape(len(a), -1, dim) for a in (q, k, v))
+    out = np.zeros((tokens, heads, dim))
+    for t in range(tokens):
+        for h in range(heads):
+            seen = slice(0, first + t + 1)
+            scores = ks[seen, h * kv_heads // heads] @ qs[t, h] / math.sqrt(dim)
+            weights = np.exp(scores - scores.max())
+            out[t, h] = weights @ vs[seen, h * kv_heads // heads] / weights.sum()
+    return out.reshape(tokens, heads * dim)

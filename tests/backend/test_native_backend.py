@@ -1,0 +1,261 @@
+"""The native backend on every instruction set this processor has, and what it promises beyond the others."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashinfer.backend import Backend
+from tests.backend.backend_conformance import CODECS, BackendConformance, Layer, everything, fired_for, normal, tiles_of
+from tests.backend.reference import encoded, unaligned
+
+kernels = pytest.importorskip("flashinfer.native._kernels", reason="the native core is not built here")
+from flashinfer.backend.native_backend import NativeBackend  # noqa: E402
+
+AVAILABLE = kernels.available()
+
+
+class TestBest(BackendConformance):
+    def make(self, threads: int) -> Backend:
+        return NativeBackend(threads)
+
+
+@pytest.mark.parametrize("instructions", AVAILABLE[1:], scope="class")
+class TestEach(BackendConformance):
+    """The other instruction sets."""
+
+    @pytest.fixture(autouse=True)
+    def _chosen(self, instructions: str) -> None:
+        self.instructions = instructions
+
+    def make(self, threads: int) -> Backend:
+        return NativeBackend(threads, self.instructions)
+
+
+def test_the_best_instruction_set_is_the_default() -> None:
+    assert NativeBackend(1).name == f"native-{AVAILABLE[0]}"
+    assert AVAILABLE[-1] == "portable"
+    with pytest.raises(ValueError, match="instruction set"):
+        NativeBackend(1, "mmx")
+
+
+@pytest.fixture(scope="module")
+def backends():
+    made = [NativeBackend(1 + i % 2, name) for i, name in enumerate(AVAILABLE)]
+    yield made
+    for backend in made:
+        backend.close()
+
+
+def same(a: Any, b: Any) -> bool:
+    return bool(np.array_equal(a.view(np.int32), b.view(np.int32)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    codec=st.sampled_from(CODECS),
+    rows=st.integers(1, 70),
+    cols=st.integers(1, 1200),
+    tokens=st.integers(1, 37),
+    seed=st.integers(0, 99),
+)
+def test_linear_is_the_same_bits_for_any_tokens_rows_and_instructions(
+    backends, codec, rows, cols, tokens, seed
+) -> None:
+    raw, _ = encoded(normal(seed, rows, cols), codec)
+    x, results = normal(seed + 1, tokens, cols), []
+    for backend in backends:
+        matrix = backend.matrix(unaligned(raw), codec, rows, cols, keep=False)
+        together, one = backend.zeros(tokens, rows), backend.zeros(1, rows)
+        backend.linear(together, 0, x, matrix)
+        backend.linear(one, 0, x[-1:], matrix)
+        assert same(one, together[-1:])
+        single = backend.zeros(tokens, 1)
+        backend.linear(single, 0, x, backend.matrix(raw[-1], codec, 1, cols, keep=False))
+        assert same(single, together[:, -1:].copy())
+        results.append(together)
+    assert all(same(r, results[0]) for r in results[1:])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    codec=st.sampled_from(CODECS),
+    neurons=st.integers(1, 150),
+    width=st.integers(1, 300),
+    tokens=st.integers(1, 35),
+    share=st.sampled_from([0.02, 0.3, 0.8, 1.0]),
+    gated=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_ffn_is_the_same_bits_however_it_is_cut(backends, codec, neurons, width, tokens, share, gated, seed) -> None:
+    """Token by token with only what fires, as in decode; tile by tile; with other tokens; any instructions."""
+    layer, index = Layer(codec, neurons, width, gated=gated, bias=gated, seed=seed), tiles_of(neurons)
+    x, fired, offsets = normal(seed, tokens, width), fired_for(tokens, index, share, seed), layer.offsets(index)
+    results = []
+    for backend in backends:
+        together = backend.zeros(tokens, width)
+        for i in range(len(index)):
+            backend.ffn(together, x, fired[i : i + 1], layer.memory, offsets[i : i + 1], layer.bundle)
+        at = (seed * 7) % tokens
+        picked = np.flatnonzero(fired[:, at].reshape(-1) != 0)
+        packed = tiles_of(len(picked))
+        some, where = np.zeros(packed.shape, np.float32), np.zeros(packed.shape, np.int64)
+        some.reshape(-1)[: len(picked)] = fired[:, at].reshape(-1)[picked]
+        where.reshape(-1)[: len(picked)] = offsets.reshape(-1)[picked]
+        alone = backend.zeros(1, width)
+        backend.ffn(alone, x[at : at + 1], some[:, None, :].copy(), layer.memory, where, layer.bundle)
+        assert same(alone, together[at : at + 1])
+        results.append(together)
+    assert all(same(r, results[0]) for r in results[1:])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dtype=st.sampled_from(["f32", "f16"]),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 9),
+    dim=st.integers(1, 70),
+    first=st.integers(0, 90),
+    tokens=st.integers(1, 40),
+    seed=st.integers(0, 99),
+)
+def test_attention_is_the_same_bits_token_by_token(backends, dtype, kv_heads, group, dim, first, tokens, seed) -> None:
+    heads, end, results = kv_heads * group, first + tokens, []
+    k, v = normal(seed, end, kv_heads * dim), normal(seed + 1, end, kv_heads * dim)
+    q = normal(seed + 2, tokens, heads * dim)
+    for backend in backends:
+        kv = backend.new_kv(kv_heads, dim, end, dtype)
+        backend.append_kv(kv, 0, k, v, 0, end)
+        together = backend.attend(q, kv, first, heads)
+        for t in {0, tokens // 2, tokens - 1}:
+            assert same(backend.attend(q[t : t + 1], kv, first + t, heads), together[t : t + 1])
+        results.append(together)
+    assert all(same(r, results[0]) for r in results[1:])
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_instruction_sets_agree_on_everything(backends, codec: str) -> None:
+    for tokens in (1, 32):
+        results = [everything(backend, tokens, codec, width=268) for backend in backends]
+        for other in results[1:]:
+            assert all(same(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["relu", "relu2", "silu", "gelu", "gelu_tanh", "gelu_quick"])
+def test_instruction_sets_agree_on_activations(backends, kind: Any) -> None:
+    values = np.random.default_rng(1).integers(0, 2**32, 64 * 500, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    gate, index = np.nan_to_num(values, nan=1.0)[None], np.arange(values.size).reshape(-1, 64)
+    results = [backend.fire(gate, kind, index) for backend in backends]
+    assert all(same(np.nan_to_num(r), np.nan_to_num(results[0])) for r in results[1:])
+
+
+def test_every_half_is_read_exactly(backends) -> None:
+    raw = np.arange(2**16, dtype=np.uint16)
+    finite = raw[np.isfinite(raw.view(np.float16))]
+    for backend in backends:
+        out = backend.zeros(1, len(finite))
+        backend.linear(
+            out,
+            0,
+            np.ones((1, 1), np.float32),
+            backend.matrix(finite.view(np.uint8), "f16", len(finite), 1, keep=False),
+        )
+        assert np.array_equal(out[0], finite.view(np.float16).astype(np.float32))
+
+
+def test_silu_is_within_a_few_ulp() -> None:
+    x = np.linspace(-87, 88, 64 * 2000, dtype=np.float32)
+    found = NativeBackend(1).fire(x[None], "silu", np.arange(x.size).reshape(-1, 64)).reshape(-1)
+    exact = x.astype(np.float64) / (1 + np.exp(-x.astype(np.float64)))
+    assert (np.abs(found - exact) <= 4 * np.spacing(np.abs(exact).astype(np.float32))).all()
+
+
+def test_a_neuron_that_does_not_fire_adds_nothing_whatever_its_weights() -> None:
+    """Not even NaN from infinite weights, nor a plus sign to a negative zero; in decode as in prefill."""
+    backend, layer, index = NativeBackend(2), Layer("f32", 3, 40, gated=True, bias=False), tiles_of(3)
+    layer.memory[layer.bundle.bytes * 2 : layer.bundle.bytes * 3].view(np.uint8)[:] = 0xFF  # NaN
+    for tokens in (1, 16):
+        acc = np.full((tokens, 40), -0.0, np.float32)
+        fired = np.zeros((1, tokens, 64), np.float32)
+        backend.ffn(acc, normal(1, tokens, 40), fired, layer.memory, layer.offsets(index), layer.bundle)
+        assert np.signbit(acc).all()
+        fired[0, 0, 1] = 1
+        backend.ffn(acc, normal(1, tokens, 40), fired, layer.memory, layer.offsets(index), layer.bundle)
+        assert np.isnan(acc[0]).all()
+        assert not np.isnan(acc[1:]).any()
+
+
+def test_a_half_cache_rounds_and_overflows_like_numpy(backends) -> None:
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    between = (halves[:-1] + halves[1:]) / 2  # ties, and what lies just beside them
+    values = np.concatenate([between, np.nextafter(between, np.float32(0)), np.nextafter(between, np.float32(1e9)),
+                             [65519.99, 65520, 1e6, np.inf, 1e-8, 2.0**-25, 1e-40, 0]]).astype(np.float32)  # fmt: skip
+    values = np.concatenate([values, -values])[None]
+    with np.errstate(over="ignore"):
+        expected = values[0].astype(np.float16).astype(np.float32)
+    for backend in backends:
+        kv = backend.new_kv(1, values.size, 4, "f16")
+        backend.append_kv(kv, 2, values, values, 0, 1)
+        assert same(backend.fetch_kv(kv, 3)[0, 2], expected)
+
+
+def test_bad_shapes_are_refused() -> None:
+    engine = kernels.Engine(1)
+    out, x, raw = np.zeros((1, 8), np.float32), np.zeros((1, 16), np.float32), np.zeros(8 * 16 * 2, np.uint8)
+    engine.linear(out, 0, x, raw, 1, 8, 16)
+    for bad in [(out, 1, x, raw, 1, 8, 16), (out, 0, x, raw[1:], 1, 8, 16), (out, 0, x[:, 1:].copy(), raw, 1, 8, 16),
+                (out, 0, x, raw, 3, 8, 16), (out, -1, x, raw, 1, 8, 16)]:  # fmt: skip
+        with pytest.raises(ValueError):
+            engine.linear(*bad)
+    for wrong in (out[:, ::2], out.astype(np.float64), out.astype(np.float16)):
+        with pytest.raises(TypeError):
+            engine.linear(wrong, 0, x, raw, 1, 1, 16)
+    layer, index = Layer("f16", 3, 40, gated=True, bias=False), tiles_of(3)
+    backend, acc = NativeBackend(1), np.zeros((1, 40), np.float32)
+    for offsets in (layer.offsets(index) + 1, layer.offsets(index) - 2 * layer.bundle.bytes):
+        with pytest.raises(ValueError, match="outside"):
+            backend.ffn(acc, acc, np.ones((1, 1, 64), np.float32), layer.memory, offsets, layer.bundle)
+
+
+def test_many_python_threads_may_call_at_once() -> None:
+    backend = NativeBackend(3)
+    expected, found = everything(backend, 16), [None] * 4
+
+    def call(i: int) -> None:
+        found[i] = everything(backend, 16)  # type: ignore[call-overload]
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    backend.close()
+    for results in found:
+        assert all(same(a, b) for a, b in zip(expected, results, strict=True))  # type: ignore[call-overload]
+
+
+def test_a_forked_child_computes_with_threads_of_its_own() -> None:
+    backend = NativeBackend(3)
+    expected = everything(backend, 16)
+    child = os.fork()
+    if child == 0:
+        found = everything(backend, 16)
+        backend.close()
+        os._exit(0 if all(same(a, b) for a, b in zip(expected, found, strict=True)) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert all(same(a, b) for a, b in zip(expected, everything(backend, 16), strict=True))
+    backend.close()
+
+
+def test_works_again_after_close() -> None:
+    backend = NativeBackend(2)
+    expected = everything(backend, 1)
+    backend.close()
+    assert all(same(a, b) for a, b in zip(expected, everything(backend, 1), strict=True))
+    backend.close()
