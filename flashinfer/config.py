@@ -35,6 +35,8 @@ PACK_BLOCK = 16 * MIB
 IoObjective = Literal["time", "bytes"]
 Retention = Literal["frequency", "window"]
 ReaderName = Literal["auto", "io_uring", "threads"]
+BackendName = Literal["auto", "native", "torch"]
+KvType = Literal["f32", "f16"]
 
 
 @dataclass(frozen=True)
@@ -64,15 +66,15 @@ class Rates:
     """Bytes per second a machine gets through, all its compute threads together.
 
     dram: plain reading. linear, bundle: weights of a dense matrix and of FFN neurons, converted and multiplied with
-    one token; linear_prompt, bundle_prompt: with a tile of TILE_TOKENS of them. The defaults are two busy Zen 4
-    cores at f16.
+    one token; linear_prompt, bundle_prompt: with a tile of TILE_TOKENS of them. The defaults are the native backend
+    at f16 on two Zen 4 cores that others use, too.
     """
 
-    dram: float = 20e9
-    linear: float = 8e9
-    bundle: float = 3.4e9
-    linear_prompt: float = 2.4e9
-    bundle_prompt: float = 1.1e9
+    dram: float = 25e9
+    linear: float = 20e9
+    bundle: float = 16e9
+    linear_prompt: float = 4e9
+    bundle_prompt: float = 4e9
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,11 @@ class IoConfig:
     threads: int = 16
     max_extent: int = 1 * MIB
     disk: DiskCurve = DiskCurve()
+
+    @property
+    def in_flight(self) -> int:
+        """Reads in flight at most."""
+        return self.threads if self.reader == "threads" else self.depth
 
     @property
     def max_gap(self) -> int:
@@ -111,12 +118,18 @@ class RunConfig:
     io: IoConfig = IoConfig()
     cache: CacheConfig = CacheConfig()
     rates: Rates = Rates()
+    backend: BackendName = "auto"
+    """What computes on the CPU: auto is the native core where it was built, else torch."""
+    kv_type: KvType = "f32"
+    """What keys and values are rounded to; f16 is an approximation."""
     threads: int = 0
     """Compute threads; 0 means the cores this process may run on."""
     prefill_chunk: int = 128
     """Prompt tokens per chunk: each needed record is read once per chunk."""
     staging: int = 4 * MIB
-    """Bytes of one half of a read buffer, where the cap allows; each stream has two halves."""
+    """Bytes of one half of the buffer misses are read to, and of a piece of the stream, where the cap allows."""
+    ring: int = 32 * MIB
+    """Bytes that may be read ahead of their use, where the cap allows."""
 
 
 @dataclass(frozen=True)

@@ -13,26 +13,20 @@ import numpy.typing as npt
 from flashinfer import machine
 from flashinfer.backend import Buffer, open_backend
 from flashinfer.config import Cap, DiskCurve, Rates, RunConfig
-from flashinfer.errors import CapExceededError, CapTooSmallError, FlashInferError, PromptError, SessionError
+from flashinfer.errors import CapExceededError, FlashInferError, PromptError, SessionError
 from flashinfer.io import Reader, open_reader
 from flashinfer.ledger import Ledger
-from flashinfer.memory import Mode, Plan, Request, conditions_of, resolve
+from flashinfer.memory import Mode, Plan, Request, conditions_of
 from flashinfer.model.decoder import Decoder
 from flashinfer.model.rows import Rows, decode_row, prefill_rows
 from flashinfer.model.streamed import StreamedWeights
+from flashinfer.request import UNCAPPED, request_for, resolve_cap, threads_for
 from flashinfer.speed import Prediction, predict
-from flashinfer.store import Facts, Manifest, Store, open_store
-from flashinfer.units import MIB, format_size
+from flashinfer.store import Facts, Store, open_store
+from flashinfer.trace import Trace
+from flashinfer.units import format_size
 
 Floats = npt.NDArray[np.float32]
-
-SMALL_MODEL = 64 * MIB
-"""Below this many weight bytes a second compute thread costs scratch and saves nothing."""
-DEFAULT_CONTEXT = 4096
-"""Context of a session when nobody says, if the model's own is not smaller."""
-SAFE_SHARE = 0.9
-"""Share of the usable memory taken when no cap is given."""
-UNCAPPED = Cap()
 
 
 class Session:
@@ -95,10 +89,12 @@ class Model:
         run: RunConfig | None = None,
         device: str = "cpu",
         mode: Mode = "cached",
+        trace: Trace | None = None,
     ) -> Model:
         """Open a store, resolve the plan and load what stays resident.
 
-        Without a cap the process may grow to what the machine can spare.
+        Without a cap the process may grow to what the machine can spare. What happens from now on is shown in the
+        `trace`, which stays the caller's.
 
         Raises:
             StoreError, StoreReadError, CapTooSmallError, DeviceError, PromptError (context beyond the model's).
@@ -107,16 +103,18 @@ class Model:
         machine.return_freed_memory()
         store = open_store(Path(path))
         manifest = store.manifest
-        backend = open_backend(device, threads_for(manifest, run))
+        backend = open_backend(device, threads_for(manifest, run), run.backend)
         reader = open_reader([store.path_of(manifest.dense), store.path_of(manifest.neurons)], run.io)
         try:
-            request = request_for(manifest, reader, cap, context=context, run=run, mode=mode)
+            request = request_for(manifest, reader, backend, cap, context=context, run=run, mode=mode)
             plan = resolve_cap(manifest, request, asked=cap != UNCAPPED)
             geometries = [store.geometry(i) for i in range(manifest.facts.num_layers)]
-            ledger = Ledger()
+            ledger = Ledger(trace=trace)
             with ledger.phase(ledger.load, 0):
                 weights = StreamedWeights(manifest, geometries, reader, backend, plan, run, mode, ledger)
-            decoder = Decoder(manifest.facts, weights, plan.context, window=run.cache.window, naive=mode == "naive")
+            decoder = Decoder(
+                manifest.facts, weights, plan.context, window=run.cache.window, naive=mode == "naive", ledger=ledger
+            )
         except BaseException:
             reader.close()
             backend.close()
@@ -135,7 +133,7 @@ class Model:
         if capacity is not None and capacity < 1:
             raise PromptError(f"a session is for at least 1 token, not {capacity}")
         capacity = self.plan.context if capacity is None else min(capacity, self.plan.context)
-        return Session(self, self._decoder.new_kv(capacity), capacity)
+        return Session(self, self._decoder.new_kv(capacity, self._request.run.kv_type), capacity)
 
     def save(self, session: Session) -> Iterator[Floats]:
         """The session's keys and values, layer by layer: float32 `[2, length, kv_heads * head_dim]`."""
@@ -188,6 +186,7 @@ class Model:
         try:
             with self.ledger.phase(account, len(ids)):
                 for rows in self._chunks(before, len(ids)):
+                    self._weights.expect_head(every or rows.end == before + len(ids))
                     x = self._decoder.forward(ids[rows.start - before : rows.end - before], rows, kv)
                     session.length = rows.end
                     if every:
@@ -267,51 +266,3 @@ class Model:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def threads_for(manifest: Manifest, run: RunConfig) -> int:
-    """Compute threads: as asked, else all cores for a model that is worth it."""
-    return run.threads or (machine.compute_threads() if manifest.weight_bytes() > SMALL_MODEL else 1)
-
-
-def request_for(
-    manifest: Manifest, reader: Reader, cap: Cap, *, context: int | None, run: RunConfig, mode: Mode = "cached"
-) -> Request:
-    """What the resolver is asked, of this process as it is now: what it holds already counts against the cap.
-
-    Raises:
-        PromptError: a context beyond the model's.
-    """
-    if cap == UNCAPPED:
-        cap = Cap(memory=int(machine.usable_memory() * SAFE_SHARE))
-    return Request(
-        context=_context(manifest.facts, context),
-        threads=threads_for(manifest, run),
-        alignment=reader.alignment,
-        baseline=machine.resident_bytes(),
-        run=run,
-        cap=cap,
-        mode=mode,
-    )
-
-
-def resolve_cap(manifest: Manifest, request: Request, *, asked: bool) -> Plan:
-    """As `memory.resolve`; where nobody asked for the cap, the error says where it comes from."""
-    try:
-        return resolve(manifest, request)
-    except CapTooSmallError as e:
-        if asked:
-            raise
-        raise CapTooSmallError(
-            f"this model needs at least {format_size(e.floor)} ({e.floor} bytes) and {machine.usable_reason()}, "
-            f"of which {SAFE_SHARE:.0%} are taken when no cap is given; free memory, or raise the limit",
-            e.floor,
-        ) from None
-
-
-def _context(facts: Facts, asked: int | None) -> int:
-    if asked is None:
-        return min(facts.context_length, DEFAULT_CONTEXT)
-    if not 1 <= asked <= facts.context_length:
-        raise PromptError(f"a context of {asked} is not in 1..{facts.context_length}, what this model was made for")
-    return asked

@@ -12,6 +12,7 @@
     ├── CapExceededError       the process grew past the cap it promised to keep (our bug; never hidden)
     ├── PromptError            the prompt is empty or does not fit the context
     ├── SessionError           a session file is damaged, or belongs to another store
+    ├── TraceError             a trace file cannot be written
     ├── DeviceError            the asked compute device is not there
     └── PlatformError          this operating system is not supported
 
@@ -98,6 +99,10 @@ class PromptError(FlashInferError):
 
 class SessionError(FlashInferError):
     """A session file is truncated, altered, of another store, or cannot be written."""
+
+
+class TraceError(FlashInferError):
+    """The timeline of a run cannot be written; the run itself is not concerned."""
 
 
 class DeviceError(FlashInferError):

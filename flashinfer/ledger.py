@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Final
+
+from flashinfer.trace import Trace
+
+PHASES: Final = ("load", "prefill", "decode")
+NOTHING: Final = nullcontext()
 
 
 @dataclass
@@ -56,34 +61,68 @@ class Account:
 
 @dataclass
 class Ledger:
-    """One account per phase: loading, prompt processing, token by token decoding."""
+    """One account per phase: loading, prompt processing, token by token decoding.
+
+    All timing is done here, once: what is charged to an account is the very span a `trace` shows.
+    """
 
     load: Account = field(default_factory=Account)
     prefill: Account = field(default_factory=Account)
     decode: Account = field(default_factory=Account)
     current: Account = field(default_factory=Account)
     """The account that is being written to."""
+    trace: Trace | None = None
 
     @contextmanager
     def phase(self, account: Account, tokens: int) -> Iterator[None]:
         """Charge what happens inside to `account`. What fails costs time and bytes, but no token came of it."""
-        self.current, started = account, time.perf_counter()
-        try:
+        self.current = account
+        name = next(name for name in PHASES if getattr(self, name) is account)
+        with self._timing(name, "seconds", tokens=tokens):
             yield
             account.steps += 1
             account.tokens += tokens
-        finally:
-            account.seconds += time.perf_counter() - started
+
+    def managing(self) -> AbstractContextManager[None]:
+        """Charge the time inside to cache management."""
+        return self._timing("cache", "management")
+
+    def waiting(self, name: str, batch: int) -> AbstractContextManager[None]:
+        """Charge the time inside to waiting for that batch of reads (see `submitted`)."""
+        return self._timing("wait for reads", "io_wait", reads=name, batch=batch)
+
+    def span(self, name: str, layer: int | None = None) -> AbstractContextManager[None]:
+        """Show the time inside in the trace, if there is one. Nothing is charged: what no account names is compute."""
+        if self.trace is None:
+            return NOTHING
+        return self._timing(name, None, **({} if layer is None else {"layer": layer}))
+
+    def submitted(self, name: str, size: int, reads: int, useful: int) -> int:
+        """Charge a batch of reads that is on its way; returns its number in the trace."""
+        account = self.current
+        account.bytes_read += size
+        account.reads += reads
+        account.useful_bytes += useful
+        return 0 if self.trace is None else self.trace.reads_submitted(name, size, reads)
+
+    def seen(self, name: str, batch: int) -> None:
+        """The batch of that number has ended."""
+        if self.trace is not None:
+            self.trace.reads_seen(name, batch)
 
     @contextmanager
-    def managing(self) -> Iterator[None]:
-        """Charge the time inside to cache management."""
-        started = time.perf_counter()
+    def _timing(self, name: str, charge: str | None, **args: int | str) -> Iterator[None]:
+        """Charge the time inside to that field of the current account, and show it in the trace."""
+        account, started = self.current, time.perf_counter()
         try:
             yield
         finally:
-            self.current.management += time.perf_counter() - started
+            ended = time.perf_counter()
+            if charge is not None:
+                setattr(account, charge, getattr(account, charge) + ended - started)
+            if self.trace is not None:
+                self.trace.span(name, started, ended, args)
 
     def to_json(self) -> dict[str, Any]:
         """The three accounts."""
-        return {name: getattr(self, name).to_json() for name in ("load", "prefill", "decode")}
+        return {name: getattr(self, name).to_json() for name in PHASES}

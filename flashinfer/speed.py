@@ -2,15 +2,17 @@
 
 What the engine does decides the form (`model/dense.py`, `model/neurons.py`, `model/decoder.py`):
 
-- A streamed dense matrix is double-buffered: the next block is read while this one is multiplied, so the matrix takes
-  the longer of the two. A resident one takes its arithmetic.
+- What is known beforehand is read ahead (`model/stream.py`): the matrices that are not resident, and of a model without
+  sparsity the neurons that have no slot. The disk works on while layers are computed, so a token takes the longer
+  of these reads and all arithmetic, and then what it has to wait for:
 - The misses of a layer are known only after its decision product. They are read in batches of half the read buffer,
   a batch being computed while the next is read: nothing overlaps within one batch, and of b batches the shorter of
   reading and arithmetic is hidden but for its b-th part.
 - Rows of tables that are not resident are waited for. Cache bookkeeping and small operations add constants.
 
-Bytes follow the planner (`io/plan.py`): aligned widening, holes read through, what half a read buffer takes at
-once. They rest on which neurons fire (`Firing`), which is assumed until a store has statistics of its own.
+Bytes follow the planner (`io/plan.py`): aligned widening, holes read through, layers read from end to end where that
+takes less time, what half a read buffer takes at once. They rest on which neurons fire (`Firing`), which is assumed
+until a store has statistics of its own.
 """
 
 from __future__ import annotations
@@ -32,9 +34,8 @@ BATCH_SECONDS = 400e-6
 """Planning and bookkeeping around a batch of misses, and RECORD_SECONDS those for each record needed (measured
 together: 12-18 ms for 27 batches of the 8,640 records of a dense layer, 0.6 ms for one batch of 280)."""
 RECORD_SECONDS = 0.4e-6
-TILE_SECONDS = 80e-6
-"""Calls around a tile of neurons, and BLOCK_SECONDS those around a streamed block of rows (measured)."""
 BLOCK_SECONDS = 100e-6
+"""Calls around a streamed block of rows (measured)."""
 DRAM_BOUND = 0.6
 """Share of the arithmetic's time that plain reading takes, from which the memory bounds it and not the cores."""
 
@@ -90,21 +91,27 @@ class Conditions:
 class Cost:
     """What a part of a step takes: bytes and reads of the disk, weight bytes multiplied with, seconds.
 
-    `disk` and `compute` are seconds of reads and arithmetic alone, `seconds` the wall time they add together.
+    ahead: of reads that run while something else is computed. waited: of reads the step stands still for.
+    compute: of arithmetic and bookkeeping.
     """
 
     read: float = 0.0
     reads: float = 0.0
     weights: float = 0.0
-    disk: float = 0.0
+    ahead: float = 0.0
+    waited: float = 0.0
     compute: float = 0.0
-    seconds: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
             self.read + other.read, self.reads + other.reads, self.weights + other.weights,
-            self.disk + other.disk, self.compute + other.compute, self.seconds + other.seconds,
+            self.ahead + other.ahead, self.waited + other.waited, self.compute + other.compute,
         )  # fmt: skip
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all parts together."""
+        return max(self.ahead, self.compute) + self.waited
 
 
 @dataclass(frozen=True)
@@ -148,18 +155,19 @@ def predict(c: Conditions, plan: Plan, *, prompt_tokens: int) -> Prediction:
     kv = 4.0 * f.num_layers * f.num_kv_heads * f.head_dim * plan.context  # keys and values of half the context
     dram = (token.weights + kv) / c.rates.dram
     compute = token.compute + kv / c.rates.dram
-    bound: Bound = "disk" if token.disk > compute else "DRAM" if dram > DRAM_BOUND * compute else "arithmetic"
+    disk = token.ahead + token.waited
+    bound: Bound = "disk" if disk > compute else "DRAM" if dram > DRAM_BOUND * compute else "arithmetic"
     filled = plan.weight_resident + plan.weight_slots
     return Prediction(
         flash_bytes=token.read,
         flash_reads=token.reads,
         dram_bytes=token.weights + kv,
-        disk_seconds=token.disk,
+        disk_seconds=disk,
         dram_seconds=dram,
         compute_seconds=compute,
         token_seconds=token.seconds + kv / c.rates.dram,
         ffn_free_seconds=rest.seconds + kv / c.rates.dram,
-        load_seconds=c.disk.seconds(filled / c.run.io.max_extent, filled, c.run.io.threads),
+        load_seconds=c.disk.seconds(filled / c.run.io.max_extent, filled, c.run.io.in_flight),
         first_token_seconds=_prompt_seconds(c, plan, prompt_tokens),
         prompt_tokens=prompt_tokens,
         bound=bound,
@@ -171,7 +179,7 @@ def _prompt_seconds(c: Conditions, plan: Plan, tokens: int) -> float:
     """The prompt chunk by chunk; the head is multiplied with its last token only."""
     whole, last = divmod(tokens, c.run.prefill_chunk)
     chunks = {c.run.prefill_chunk: whole, last: 1 if last else 0}
-    seconds = sum(n * sum(cost.seconds for cost in step_cost(c, plan, k, head=False)) for k, n in chunks.items() if n)
+    seconds = sum(n * sum(step_cost(c, plan, k, head=False), Cost()).seconds for k, n in chunks.items() if n)
     head = matrix_cost(c, head_of(c.manifest), plan, 1).seconds
     return seconds + head
 
@@ -179,7 +187,7 @@ def _prompt_seconds(c: Conditions, plan: Plan, tokens: int) -> float:
 def step_cost(c: Conditions, plan: Plan, tokens: int, *, head: bool = True) -> tuple[Cost, Cost]:
     """A step of so many tokens: the feed-forward layers (with their decision matrices), and all the rest."""
     m = c.manifest
-    ffn, rest = Cost(), Cost(compute=LAYER_SECONDS * len(m.layers), seconds=LAYER_SECONDS * len(m.layers))
+    ffn, rest = Cost(), Cost(compute=LAYER_SECONDS * len(m.layers))
     for name in multiplied(m):
         if name != head_of(m):
             cost = matrix_cost(c, name, plan, tokens)
@@ -189,7 +197,7 @@ def step_cost(c: Conditions, plan: Plan, tokens: int, *, head: bool = True) -> t
     if head:
         rest = rest + matrix_cost(c, head_of(m), plan, tokens)
     for layer, slots in zip(m.layers, plan.slots, strict=True):
-        ffn = ffn + neurons_cost(c, layer, slots, plan.neuron_staging, tokens)
+        ffn = ffn + neurons_cost(c, layer, slots, plan, tokens)
     return ffn, rest
 
 
@@ -204,21 +212,21 @@ def multiplied(m: Manifest) -> list[str]:
 
 
 def matrix_cost(c: Conditions, name: str, plan: Plan, tokens: int) -> Cost:
-    """Multiplying with a dense matrix; streamed through `plan.dense_staging` where it is not resident."""
+    """Multiplying with a dense matrix; streamed in pieces where it is not resident."""
     t = c.manifest.tensors[name]
     rate = c.rates.linear if tokens == 1 else c.rates.linear_prompt / math.ceil(tokens / TILE_TOKENS)
     compute = t.bytes / rate
     if name in plan.resident:
-        return Cost(weights=t.bytes, compute=compute, seconds=compute)
+        return Cost(weights=t.bytes, compute=compute)
     width = t.bytes // t.shape[0]
-    rows = max(1, (plan.dense_staging - 2 * c.alignment) // width // TILE_ROWS) * TILE_ROWS
+    rows = max(1, (plan.piece - 2 * c.alignment) // width // TILE_ROWS) * TILE_ROWS
     whole, rest = divmod(t.shape[0], rows)
     extent, blocks = c.run.io.max_extent, whole + (rest > 0)
     reads = whole * math.ceil(rows * width / extent) + math.ceil(rest * width / extent)
     read = t.bytes + blocks * _widening(rows * width, c.alignment)
     compute += blocks * BLOCK_SECONDS
-    disk = c.disk.seconds(reads, read, min(c.run.io.threads, 2 * reads / blocks))
-    return Cost(read, reads, t.bytes, disk, compute, max(disk, compute))
+    ahead = c.disk.seconds(reads, read, min(c.run.io.in_flight, max(1.0, plan.ring / max(extent, plan.piece))))
+    return Cost(read, reads, t.bytes, ahead, 0.0, compute)
 
 
 def lookup_cost(c: Conditions, name: str, plan: Plan, tokens: int) -> Cost:
@@ -228,45 +236,63 @@ def lookup_cost(c: Conditions, name: str, plan: Plan, tokens: int) -> Cost:
         return Cost()
     width = t.bytes // t.shape[0]
     read = tokens * (width + _widening(width, c.alignment))
-    disk = c.disk.seconds(tokens, read, min(tokens, TILE_TOKENS, c.run.io.threads))
-    return Cost(read, tokens, 0.0, disk, 0.0, disk)
+    disk = c.disk.seconds(tokens, read, min(tokens, TILE_TOKENS, c.run.io.in_flight))
+    return Cost(read, tokens, waited=disk)
 
 
-def neurons_cost(c: Conditions, n: NeuronLayer, slots: int, half: int, tokens: int) -> Cost:
-    """The neurons of one layer, `slots` of whose records may stay and `half` bytes of which are read at once."""
-    sparse = c.manifest.facts.sparse and c.mode != "naive"
-    active = c.firing.needed(tokens) if sparse else 1.0
+def neurons_cost(c: Conditions, n: NeuronLayer, slots: int, plan: Plan, tokens: int) -> Cost:
+    """The neurons of one layer, `slots` of whose records may stay."""
     kept = slots / n.records if c.mode == "cached" else 0.0
-    touched = 1.0 - (1.0 - active) ** n.bundles_per_record
-    missing = c.firing.missing(touched, kept) if sparse else 1.0 - kept
-    tiles = n.neurons * active / TILE_NEURONS if tokens == 1 else n.neurons / TILE_NEURONS
-    read, reads = _neuron_reads(c, n, missing, max(1.0, tiles), half, scattered=sparse)
-    each = n.record_bytes if sparse else c.run.io.max_extent
-    disk = c.disk.seconds(reads, read, min(c.run.io.threads, reads, max(1.0, 2 * half / each)))
-    batches = max(1.0, disk / c.disk.seconds(half / each, half, c.run.io.threads))
+    if c.manifest.facts.sparse and c.mode != "naive":
+        return _selected_cost(c, n, kept, plan.neuron_staging, tokens)
     rate = c.rates.bundle if tokens == 1 else c.rates.bundle_prompt / math.ceil(tokens / TILE_TOKENS)
-    compute = tiles * (TILE_SECONDS + TILE_NEURONS * n.bundle_bytes / rate)
+    size = n.neurons * n.bundle_bytes
+    read, reads = _run_at_the_end(c, n, 1.0 - kept, plan.piece)
+    ahead = c.disk.seconds(reads, read, min(c.run.io.in_flight, max(1.0, plan.ring / max(1, plan.piece))))
+    pieces = read / (plan.piece or c.run.staging)
+    return Cost(read, reads, size, ahead, 0.0, size / rate + pieces * BLOCK_SECONDS)
+
+
+def _selected_cost(c: Conditions, n: NeuronLayer, kept: float, half: int, tokens: int) -> Cost:
+    """The neurons of one layer that so many tokens need, of whose records that share is kept."""
+    active = c.firing.needed(tokens)
+    touched = 1.0 - (1.0 - active) ** n.bundles_per_record
+    missing = c.firing.missing(touched, kept)
+    tiles = n.neurons * active / TILE_NEURONS if tokens == 1 else n.neurons / TILE_NEURONS
+    read, reads = _neuron_reads(c, n, missing, max(1.0, tiles), half)
+    disk = c.disk.seconds(reads, read, min(c.run.io.in_flight, reads, max(1.0, 2 * half / n.record_bytes)))
+    batches = max(1.0, disk / c.disk.seconds(half / n.record_bytes, half, c.run.io.in_flight))
+    rate = c.rates.bundle if tokens == 1 else c.rates.bundle_prompt / math.ceil(tokens / TILE_TOKENS)
+    compute = tiles * TILE_NEURONS * n.bundle_bytes / rate
     bookkeeping = touched * n.records * RECORD_SECONDS + batches * BATCH_SECONDS
-    together = max(disk, compute) + min(disk, compute) / batches
-    weights = active * n.neurons * n.bundle_bytes
-    return Cost(read, reads, weights, disk, compute + bookkeeping, together + bookkeeping)
+    waited = disk - min(disk, compute) * (1.0 - 1.0 / batches)
+    return Cost(read, reads, active * n.neurons * n.bundle_bytes, 0.0, waited, compute + bookkeeping)
 
 
-def _neuron_reads(
-    c: Conditions, n: NeuronLayer, missing: float, tiles: float, half: int, *, scattered: bool
-) -> tuple[float, float]:
-    """Bytes and reads of the records missing, a share of the layer: in one run at its end, or anywhere."""
+def _run_at_the_end(c: Conditions, n: NeuronLayer, missing: float, piece: int) -> tuple[float, float]:
+    """Bytes and reads of that share of a layer's records, in pieces of one run."""
     if missing <= 0.0:
         return 0.0, 0.0
-    if not scattered:
-        read = missing * n.records * n.record_bytes
-        batches = min(tiles, max(1.0, read / half))
-        again = n.record_bytes if TILE_NEURONS % n.bundles_per_record else 0  # a record two batches share
-        read += (batches - 1) * again + batches * _widening(n.record_bytes, c.alignment)
-        return read, max(batches, read / c.run.io.max_extent)
+    read = missing * n.records * n.record_bytes
+    pieces = max(1.0, read / (piece or c.run.staging))
+    again = n.record_bytes if TILE_NEURONS % n.bundles_per_record else 0  # a record two pieces share
+    read += (pieces - 1) * again + pieces * _widening(n.record_bytes, c.alignment)
+    return read, max(pieces, read / c.run.io.max_extent)
+
+
+def _neuron_reads(c: Conditions, n: NeuronLayer, missing: float, tiles: float, half: int) -> tuple[float, float]:
+    """Bytes and reads of the records missing, a share of the layer, anywhere in it."""
+    if missing <= 0.0:
+        return 0.0, 0.0
     read, reads = _runs(c, n, missing, c.run.io.max_gap)
-    # where not even a tile fits with its holes, tiles are read one by one without them
-    return (read, reads) if read <= tiles * half else _runs(c, n, missing, 0)
+    if read > tiles * half:  # where not even a tile fits with its holes, tiles are read one by one without them
+        read, reads = _runs(c, n, missing, 0)
+    whole = max(1.0, n.bytes / c.run.io.max_extent)
+    if c.run.io.objective == "time" and n.bytes <= tiles * half:
+        seconds = [c.disk.seconds(r, size, min(c.run.io.in_flight, r)) for size, r in ((read, reads), (n.bytes, whole))]
+        if seconds[1] < seconds[0]:
+            return n.bytes, whole
+    return read, reads
 
 
 def _runs(c: Conditions, n: NeuronLayer, missing: float, max_gap: int) -> tuple[float, float]:

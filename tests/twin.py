@@ -15,9 +15,8 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file
 
-from flashinfer.backend import Buffer, Bundle, Part
-from flashinfer.backend.torch_backend import TorchBackend
-from flashinfer.config import TILE_NEURONS
+from flashinfer.backend import Backend, Buffer, Bundle, Part, open_backend
+from flashinfer.config import TILE_NEURONS, BackendName, KvType
 from flashinfer.model.decoder import Decoder
 from flashinfer.model.rows import decode_row, prefill_rows
 from flashinfer.model.weights import Group
@@ -69,15 +68,15 @@ def role_tensors(path: Path) -> dict[str, torch.Tensor]:
 class TwinWeights:
     """See `flashinfer.model.weights.Weights`."""
 
-    def __init__(self, path: Path, facts: Facts, threads: int = 1) -> None:
-        self.backend = TorchBackend("cpu", threads)
+    def __init__(self, path: Path, facts: Facts, backend: Backend) -> None:
+        self.backend = backend
         self._tensors = role_tensors(path)
         self._facts = facts
         self._bundles = [self._make_bundles(i) for i in range(facts.num_layers)]
 
     def vector(self, role: str) -> Buffer | None:
         found = self._tensors.get(role)
-        return None if found is None else found.float().clone()
+        return None if found is None else self.backend.vector(found.float().numpy())
 
     def has(self, role: str) -> bool:
         return role in self._tensors
@@ -86,7 +85,9 @@ class TwinWeights:
         return int(self._tensors[role].shape[0])
 
     def blocks(self, role: str) -> Iterator[tuple[int, Buffer]]:
-        yield 0, self._tensors[role]
+        found = self._tensors[role].contiguous()
+        raw = found.view(torch.uint8).numpy().reshape(-1)
+        yield 0, self.backend.matrix(raw, CODECS[found.dtype], *found.shape, keep=False)
 
     def lookup(self, role: str, ids: Index) -> Floats:
         return self._tensors[role][torch.from_numpy(ids)].float().numpy()
@@ -121,11 +122,14 @@ class TwinWeights:
 class Twin:
     """Prompt in one chunk, then token by token."""
 
-    def __init__(self, path: Path, facts: Facts, *, threads: int = 1, context: int = 256) -> None:
+    def __init__(
+        self, path: Path, facts: Facts, *, threads: int = 1, context: int = 256,
+        kv_type: KvType = "f32", backend: BackendName = "auto",
+    ) -> None:  # fmt: skip
         assert TILE_NEURONS > 0
-        self.weights = TwinWeights(path, facts, threads)
+        self.weights = TwinWeights(path, facts, open_backend("cpu", threads, backend))
         self.decoder = Decoder(facts, self.weights, context, window=5)
-        self.kv = self.decoder.new_kv(context)
+        self.kv = self.decoder.new_kv(context, kv_type)
         self.length = 0
 
     def logits(self, tokens: list[int]) -> Floats:

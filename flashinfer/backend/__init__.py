@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from flashinfer.backend.base import Backend, Buffer, Bundle, Part
+from flashinfer.backend.footprint import Footprint
+from flashinfer.config import BackendName
+from flashinfer.errors import DeviceError
 
-__all__ = ["Backend", "Buffer", "Bundle", "Part", "open_backend"]
+__all__ = ["Backend", "Buffer", "Bundle", "Footprint", "Part", "has_native", "open_backend"]
 
 
-def open_backend(device: str, threads: int) -> Backend:
-    """The backend for `cpu`, `cuda` or `cuda:N`. Raises DeviceError when it is not there."""
+def has_native() -> bool:
+    """Whether the native core was built with this installation."""
+    return importlib.util.find_spec("flashinfer.native._kernels") is not None
+
+
+def open_backend(device: str, threads: int, choice: BackendName = "auto") -> Backend:
+    """The backend for `cpu`, `cuda` or `cuda:N`.
+
+    On the CPU `auto` is the native one where it was built, else torch. Other devices are torch's.
+
+    Raises:
+        DeviceError: it is not there.
+    """
+    if device == "cpu" and choice != "torch" and (choice == "native" or has_native()):
+        try:
+            from flashinfer.backend.native_backend import NativeBackend
+        except ImportError as e:
+            raise DeviceError(
+                f"the native core cannot be used ({e}); install again where there is a C++ compiler, or use torch"
+            ) from e
+        return NativeBackend(threads)
     from flashinfer.backend.torch_backend import TorchBackend
 
     return TorchBackend(device, threads)

@@ -17,6 +17,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from flashinfer.backend.footprint import Footprint
+from flashinfer.config import KvType
 from flashinfer.store.facts import Activation
 
 Buffer = Any
@@ -24,8 +26,6 @@ Buffer = Any
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 Index = npt.NDArray[np.int64]
-KvType = Literal["f32", "f16"]
-"""What keys and values are kept in."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Backend(Protocol):
 
     name: str
     threads: int
+    footprint: Footprint
 
     def vector(self, values: Floats) -> Buffer:
         """A resident float32 vector or table, copied."""

@@ -13,8 +13,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from flashinfer.backend.base import Bundle, Bytes, Floats, Index, KvType, Part
-from flashinfer.config import TILE_NEURONS, TILE_TOKENS
+from flashinfer.backend.base import Bundle, Bytes, Floats, Index, Part
+from flashinfer.backend.footprint import NATIVE
+from flashinfer.config import TILE_NEURONS, TILE_TOKENS, KvType
 from flashinfer.native._kernels import Engine
 from flashinfer.quant import codec_named
 from flashinfer.store.facts import Activation
@@ -24,8 +25,6 @@ CODECS = {"f32": 0, "f16": 1, "bf16": 2}
 ACTIVATIONS: dict[Activation, int] = {
     "relu": 0, "relu2": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4, "gelu_quick": 5
 }  # fmt: skip
-TASK_TOKENS = 8
-"""Queries of one attention task in prefill (`TOKENS` in native/engine.cpp)."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,7 @@ class NativeBackend:
         self._engine = Engine(threads, instructions)
         self.name = f"native-{self._engine.name}"
         self.threads = threads
-
-    weight_scratch = 0
-    """Bytes per thread that hold weights in converted or copied form: none."""
+        self.footprint = NATIVE
 
     @property
     def scratch_bytes(self) -> int:
@@ -142,13 +139,6 @@ class NativeBackend:
         out = np.empty_like(q)
         self._engine.attend(out, q, *kv.bits, first, heads)
         return out
-
-    @staticmethod
-    def attention_scratch(heads: int, kv_heads: int, head_dim: int, capacity: int) -> int:
-        """Bytes of scores and sums per thread that `attend` keeps, at most."""
-        group = heads // kv_heads
-        queries = group * max(1, TASK_TOKENS // group)
-        return 4 * queries * (round_up(capacity, TILE_TOKENS) + 2 * head_dim + 1)
 
     # -- feed-forward
 

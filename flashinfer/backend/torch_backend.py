@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashinfer.backend.base import Bundle, Bytes, Floats, Index, KvType, Part
-from flashinfer.config import TILE_KEYS, TILE_NEURONS, TILE_ROWS, TILE_TOKENS
+from flashinfer.backend.base import Bundle, Bytes, Floats, Index, Part
+from flashinfer.backend.footprint import TORCH
+from flashinfer.config import TILE_KEYS, TILE_NEURONS, TILE_ROWS, TILE_TOKENS, KvType
 from flashinfer.errors import DeviceError
 from flashinfer.store.facts import Activation
 
@@ -63,6 +64,7 @@ class TorchBackend:
         if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
             raise DeviceError(f"device {device!r} is not available to torch {torch.__version__}; use --device cpu")
         self.name = f"torch-{device}"
+        self.footprint = TORCH
         self.threads = threads
         self._device = torch.device(device)
         self._pool = None

@@ -29,7 +29,7 @@ def measure_curve(
     Raises:
         StoreError, StoreReadError: the file cannot be read.
     """
-    size, depth = file.stat().st_size, IoConfig().threads
+    size, depth = file.stat().st_size, IoConfig().in_flight
     chunks = [chunk for chunk in CHUNKS if 2 * chunk <= size]
     if len(chunks) < 2:
         return None

@@ -17,7 +17,7 @@ from flashinfer.bench.place import Place
 from flashinfer.config import DiskCurve, Rates
 from flashinfer.units import MIB
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ENOUGH = 256 * MIB
 """A curve taken on a file of this size holds for every larger one; a smaller file may lie in the device's own cache."""
 
@@ -32,7 +32,7 @@ class KnownDisk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Known(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All that is known: disks by device and filesystem, rates by processor, threads and codec."""
+    """All that is known: disks by device and filesystem, rates by backend, processor, threads and codec."""
 
     schema_version: int = SCHEMA_VERSION
     disks: dict[str, KnownDisk] = {}

@@ -8,16 +8,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flashinfer.backend import open_backend
+from flashinfer.backend import has_native, open_backend
 from flashinfer.bench.curve import measure_curve
 from flashinfer.bench.known import KnownDisk, load_known, remember
 from flashinfer.bench.place import Place, place_of
 from flashinfer.bench.rates import main_codec, measure_rates, rates_key
 from flashinfer.config import Cap, DiskCurve, Rates, RunConfig
-from flashinfer.engine import request_for, resolve_cap, threads_for
 from flashinfer.errors import CapTooSmallError, StoreError
 from flashinfer.io import open_reader
 from flashinfer.memory import Plan, Request, conditions_of, resolve
+from flashinfer.request import request_for, resolve_cap, threads_for
 from flashinfer.speed import Prediction, predict
 from flashinfer.store import Manifest, Store, open_store
 
@@ -86,7 +86,8 @@ DEFAULT_BASIS = _basis(None, None)
 
 
 def _rates_key(m: Manifest, run: RunConfig) -> str:
-    return rates_key(_codec(m), threads_for(m, run))
+    native = run.backend == "native" or (run.backend == "auto" and has_native())
+    return rates_key("native" if native else "torch", _codec(m), threads_for(m, run))
 
 
 def _codec(m: Manifest) -> str:
@@ -123,10 +124,10 @@ def promise(
     tokenizer = None
     with contextlib.suppress(StoreError):  # a store without a tokenizer has a plan, too
         tokenizer = load_tokenizer({name: store.path_of(entry) for name, entry in m.text.items()})
-    backend = open_backend("cpu", threads_for(m, run))
+    backend = open_backend("cpu", threads_for(m, run), run.backend)
     reader = open_reader(files, run.io)
     try:
-        request = request_for(m, reader, cap, context=context, run=run)
+        request = request_for(m, reader, backend, cap, context=context, run=run)
         plan = resolve_cap(m, request, asked=cap != Cap())
         direct = reader.note
         disk, place = _disk_of(files[1], remeasure, seconds, progress)

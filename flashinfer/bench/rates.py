@@ -14,7 +14,6 @@ from flashinfer.backend import Backend, Bundle, Part
 from flashinfer.backend.base import Bytes
 from flashinfer.config import TILE_NEURONS, TILE_ROWS, TILE_TOKENS, Rates
 from flashinfer.quant import codec_named
-from flashinfer.speed import TILE_SECONDS
 from flashinfer.units import KIB, MIB
 
 BUFFER = 96 * MIB
@@ -27,9 +26,9 @@ def main_codec(codecs: dict[str, int]) -> str:
     return max(codecs, key=lambda name: codecs[name])
 
 
-def rates_key(codec: str, threads: int) -> str:
-    """What measured rates are remembered by."""
-    return f"{machine.processor_name()} | {threads} threads | {codec}"
+def rates_key(backend: str, codec: str, threads: int) -> str:
+    """What measured rates are remembered by; `backend` is `native` or `torch`."""
+    return f"{backend} | {machine.processor_name()} | {threads} threads | {codec}"
 
 
 def measure_rates(backend: Backend, codec: str, *, hidden: int, gated: bool, buffer: int = 0) -> Rates:
@@ -78,7 +77,5 @@ def _bundle(backend: Backend, raw: Bytes, codec: str, hidden: int, row: int, gat
     data = raw if tiles * TILE_NEURONS * size <= len(raw) else np.zeros(TILE_NEURONS * size, dtype=np.uint8)
     offsets = (np.arange(tiles * TILE_NEURONS, dtype=np.int64) * size).reshape(tiles, TILE_NEURONS)
     x, acc = backend.place(np.zeros((tokens, hidden), dtype=np.float32)), backend.zeros(tokens, hidden)
-    fired = backend.place(np.zeros((tiles, tokens, TILE_NEURONS), dtype=np.float32))
-    rate = _rate(offsets.size * size, lambda: backend.ffn(acc, x, fired, data, offsets, bundle))
-    seconds = offsets.size * size / rate
-    return offsets.size * size / max(seconds - tiles * TILE_SECONDS, seconds / 4)  # predictions add the calls apart
+    fired = backend.place(np.ones((tiles, tokens, TILE_NEURONS), dtype=np.float32))
+    return _rate(offsets.size * size, lambda: backend.ffn(acc, x, fired, data, offsets, bundle))

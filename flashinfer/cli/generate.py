@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flashinfer.cli.options import (
+    DEFAULT_BACKEND,
+    DEFAULT_KV,
+    BackendOption,
+    KvOption,
     LogLevelOption,
     MemoryOption,
     WeightMemoryOption,
@@ -21,6 +26,7 @@ from flashinfer.cli.options import (
 )
 from flashinfer.config import DEFAULT_NEW_TOKENS, CacheConfig, IoConfig, RunConfig
 from flashinfer.errors import FlashInferError, PromptError
+from flashinfer.trace import Trace
 from flashinfer.units import format_size
 
 if TYPE_CHECKING:
@@ -80,9 +86,19 @@ def command(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
     io_objective: Annotated[Objective, typer.Option(help="time: fastest; bytes: fewest bytes read.")] = _OBJECTIVE,
     threads: Annotated[int, typer.Option(min=0, help="Compute threads; 0 is all cores.")] = RunConfig.threads,
+    backend: BackendOption = DEFAULT_BACKEND,
+    kv_type: KvOption = DEFAULT_KV,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.CPU,
     session: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep the conversation in FILE; continue it where FILE exists.")
+    ] = None,
+    context_shift: Annotated[
+        bool,
+        typer.Option("--context-shift", help="When the context is full, go on with its newest half instead of ending."),
+    ] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a timeline to FILE, for ui.perfetto.dev or chrome://tracing."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of text.")] = False,
     log_level: LogLevelOption = None,
@@ -99,6 +115,8 @@ def command(
     }  # fmt: skip
     stops = stop or []
     _check_options(sampling, stops)
+    if trace is not None and trace == session:
+        raise typer.BadParameter("--trace and --session are two files, not one")
     cap = parse_cap(memory, weight_memory)
     resumed = session is not None and session.exists()
     text = read_prompt(prompt, file, optional=resumed)
@@ -110,13 +128,16 @@ def command(
     def room(tokenizer: Tokenizer) -> int:
         return len(past) + len(tokenizer.encode(text)) + max_new_tokens
 
-    with load(
+    with Trace(trace) if trace else nullcontext() as timeline, load(
         store, memory=cap.memory, weight_memory=cap.weight_memory, context=context or room, window=window,
-        io_objective=io_objective.value, threads=threads, device=device.value,
+        io_objective=io_objective.value, threads=threads, device=device.value, backend=backend.value,
+        kv_type=kv_type.value, trace=timeline,
     ) as model:  # fmt: skip
-        stream = model.stream(text, max_new_tokens=max_new_tokens, stop=stops, session=session, **sampling)
+        stream = model.stream(
+            text, max_new_tokens=max_new_tokens, stop=stops, session=session, context_shift=context_shift, **sampling
+        )
         result = _drain(stream) if as_json else _print_pieces(stream)
-        basis = _basis(store, threads)
+        basis = _basis(store, RunConfig(backend=backend.value, threads=threads))
         predicted = model.predict(basis.disk, basis.rates, prompt_tokens=len(result.prompt_tokens))
         if as_json:
             print(json.dumps(_report(model, result, predicted, basis), ensure_ascii=False))
@@ -156,8 +177,10 @@ def summary(model: TextModel, result: Generation, predicted: Prediction, basis: 
     from flashinfer.machine import peak_resident_bytes
 
     t, decode = result.timings, model.ledger.decode
+    times = "once" if result.context_shifts == 1 else f"{result.context_shifts} times"
     parts = [
         f"{len(result.tokens)} tokens ({result.finish_reason})",
+        *([f"context shifted {times}"] if result.context_shifts else []),
         f"first after {t.first_token:.2f} s (predicted {predicted.first_token_seconds:.2f})",
         f"then {t.decode_tokens_per_second:.3g} tokens/s (predicted {predicted.tokens_per_second:.3g})",
         f"{format_size(decode.bytes_per_token)} read per token (predicted {format_size(predicted.flash_bytes)})",
@@ -174,13 +197,13 @@ def _foundation(predicted: Prediction, basis: Basis) -> str:
     return f"predicted with the disk curve {disk}{neurons}"
 
 
-def _basis(store: Path, threads: int) -> Basis:
+def _basis(store: Path, run: RunConfig) -> Basis:
     """What predictions rest on here: figures measured before, or the defaults. Nothing is measured now."""
     from flashinfer.bench.promise import DEFAULT_BASIS, known_basis
     from flashinfer.store import open_store
 
     try:
-        return known_basis(open_store(store), RunConfig(threads=threads))
+        return known_basis(open_store(store), run)
     except (FlashInferError, OSError):  # it was there a moment ago: no reason to lose what was generated
         return DEFAULT_BASIS
 

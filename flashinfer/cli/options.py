@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from flashinfer.config import Cap
+from flashinfer.config import Cap, RunConfig
 from flashinfer.units import parse_cap_size
 
 MemoryOption = Annotated[
@@ -22,6 +22,30 @@ MemoryOption = Annotated[
 WeightMemoryOption = Annotated[
     str | None,
     typer.Option("--weight-memory", metavar="SIZE", help="Instead: cap on memory that holds weights."),
+]
+
+
+class BackendChoice(StrEnum):
+    """What computes on the CPU."""
+
+    AUTO = "auto"
+    NATIVE = "native"
+    TORCH = "torch"
+
+
+class KvChoice(StrEnum):
+    """What keys and values are kept in."""
+
+    F32 = "f32"
+    F16 = "f16"
+
+
+DEFAULT_BACKEND, DEFAULT_KV = BackendChoice(RunConfig.backend), KvChoice(RunConfig.kv_type)
+BackendOption = Annotated[
+    BackendChoice, typer.Option("--backend", help="Computes on the CPU. auto: native where it was built, else torch.")
+]
+KvOption = Annotated[
+    KvChoice, typer.Option("--kv-type", help="Keys and values; f16 halves their memory and rounds them.")
 ]
 
 

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashinfer.cli.options import LogLevelOption, MemoryOption, WeightMemoryOption, parse_cap, set_log_level
+from flashinfer.cli.options import (
+    DEFAULT_BACKEND,
+    DEFAULT_KV,
+    BackendOption,
+    KvOption,
+    LogLevelOption,
+    MemoryOption,
+    WeightMemoryOption,
+    parse_cap,
+    set_log_level,
+)
 from flashinfer.config import RunConfig
 
 if TYPE_CHECKING:
@@ -29,6 +39,8 @@ def command(
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens of prompt and continuation together. (default: up to 4096)")
     ] = None,
+    backend: BackendOption = DEFAULT_BACKEND,
+    kv_type: KvOption = DEFAULT_KV,
     threads: Annotated[int, typer.Option(min=0, help="Compute threads; 0 is all cores.")] = RunConfig.threads,
     remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure disk and machine again.")] = False,
     seconds: Annotated[
@@ -43,13 +55,14 @@ def command(
     """
     set_log_level(log_level)
     cap = parse_cap(memory, weight_memory)
+    run = RunConfig(backend=backend.value, kv_type=kv_type.value, threads=threads)
     from rich.console import Console
 
     from flashinfer.bench.promise import promise
 
     with Console(stderr=True, highlight=False).status("") as status:
         found = promise(
-            store, cap, context=context, run=RunConfig(threads=threads), remeasure=remeasure, seconds=seconds,
+            store, cap, context=context, run=run, remeasure=remeasure, seconds=seconds,
             progress=status.update,
         )  # fmt: skip
     if as_json:

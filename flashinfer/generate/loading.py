@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import get_args
 
 from flashinfer import machine
-from flashinfer.config import CacheConfig, Cap, IoConfig, IoObjective, RunConfig
+from flashinfer.config import BackendName, CacheConfig, Cap, IoConfig, IoObjective, KvType, RunConfig
 from flashinfer.generate.text_model import TextModel
 from flashinfer.store import open_store
 from flashinfer.text import Tokenizer, load_generation_defaults, load_tokenizer
+from flashinfer.trace import Trace
 from flashinfer.units import parse_cap_size
 
 
@@ -24,6 +25,9 @@ def load(
     io_objective: IoObjective = IoConfig.objective,
     threads: int = RunConfig.threads,
     device: str = "cpu",
+    backend: BackendName = RunConfig.backend,
+    kv_type: KvType = RunConfig.kv_type,
+    trace: Trace | None = None,
 ) -> TextModel:
     """Open the weight store at `store` under a memory cap.
 
@@ -38,6 +42,9 @@ def load(
         io_objective: `time` (fastest) or `bytes` (fewest bytes read).
         threads: compute threads; 0 means the cores this process may run on.
         device: `cpu` or `cuda`.
+        backend: what computes on the CPU: `native`, `torch`, or `auto` (the native core where it was built).
+        kv_type: `f32`, or `f16`: half the memory for keys and values, which are rounded.
+        trace: shows what happens in a timeline (`flashinfer.trace`); closing it is the caller's.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -46,7 +53,11 @@ def load(
         CapTooLargeError: `memory` is more than this process may use.
         DeviceError: the device is not there.
     """
-    run = _run_config(window, io_objective, threads)
+    run = RunConfig(
+        io=IoConfig(objective=io_objective), cache=CacheConfig(window=window), backend=backend, kv_type=kv_type,
+        threads=threads,
+    )  # fmt: skip
+    _check_run(run)
     if memory is not None and weight_memory is not None:
         raise ValueError("memory and weight_memory exclude each other: give one cap")
     if isinstance(context, int) and context < 1:
@@ -64,7 +75,7 @@ def load(
 
     from flashinfer.engine import Model
 
-    engine = Model.open(store, cap, context=context, run=run, device=device)
+    engine = Model.open(store, cap, context=context, run=run, device=device, trace=trace)
     try:
         return TextModel(engine, tokenizer, defaults)
     except BaseException:
@@ -72,11 +83,12 @@ def load(
         raise
 
 
-def _run_config(window: int, io_objective: IoObjective, threads: int) -> RunConfig:
-    if window < 0:
-        raise ValueError(f"window must be at least 0 tokens, not {window}")
-    if threads < 0:
-        raise ValueError(f"threads must be at least 0 (0 is all cores), not {threads}")
-    if io_objective not in get_args(IoObjective):
-        raise ValueError(f"io_objective must be time or bytes, not {io_objective!r}")
-    return RunConfig(io=IoConfig(objective=io_objective), cache=CacheConfig(window=window), threads=threads)
+def _check_run(run: RunConfig) -> None:
+    if run.cache.window < 0:
+        raise ValueError(f"window must be at least 0 tokens, not {run.cache.window}")
+    if run.threads < 0:
+        raise ValueError(f"threads must be at least 0 (0 is all cores), not {run.threads}")
+    choices = {"io_objective": (run.io.objective, IoObjective), "backend": (run.backend, BackendName)}
+    for name, (value, kind) in (choices | {"kv_type": (run.kv_type, KvType)}).items():
+        if value not in get_args(kind):
+            raise ValueError(f"{name} must be {' or '.join(get_args(kind))}, not {value!r}")

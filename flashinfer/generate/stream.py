@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -47,7 +47,8 @@ class Generation:
     """The result. `tokens` are the generated ids (with the EOS, if it came), `prompt_tokens` those before.
 
     finish_reason: `stop` (a stop string), `eos`, `length` (as many tokens as asked), `context` (no room
-    for more) or `cancelled` (the stream was not read to its end).
+    for more) or `cancelled` (the stream was not read to its end). context_shifts: how often the context was full
+    and the text in it was shortened.
     """
 
     text: str
@@ -55,19 +56,21 @@ class Generation:
     prompt_tokens: tuple[int, ...]
     finish_reason: FinishReason
     timings: Timings
+    context_shifts: int = 0
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be generated. `room` is the most tokens the context still takes.
+    """What is to be generated, in a context of so many tokens. `shift`: when it is full, go on with a shortened text.
 
     resume: the conversation that `prompt` begins with, whose keys and values are there already. keep: called with the
-    session and all tokens when the stream ends, however it ends.
+    session and the tokens it stands for when the stream ends, however it ends.
     """
 
     prompt: tuple[int, ...]
     max_new_tokens: int
-    room: int
+    context: int
+    shift: bool
     eos_ids: frozenset[int]
     stops: tuple[str, ...]
     sampler: Sampler
@@ -77,8 +80,14 @@ class Job:
 
 @dataclass
 class _Record:
-    """What has been generated so far; shared by a stream and its loop."""
+    """What has been generated so far; shared by a stream and its loop.
 
+    known: the tokens the session stands for, the newest of which it may not have seen. They are the prompt and what
+    was generated, until the context is shifted.
+    """
+
+    known: list[int]
+    shifts: int = 0
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: FinishReason | None = None
@@ -93,7 +102,7 @@ class Stream(Iterator[str]):
     """
 
     def __init__(self, engine: StepEngine, tokenizer: Tokenizer, job: Job) -> None:
-        self._job, self._record = job, _Record()
+        self._job, self._record = job, _Record(list(job.prompt))
         self._pieces = _pieces(engine, tokenizer, job, self._record)
         self._superseded = False
 
@@ -123,21 +132,17 @@ class Stream(Iterator[str]):
         further = max(0, len(r.tokens) - 1)
         rate = further / r.decode if r.decode else 0.0
         timings = Timings(r.first_token, r.decode, rate)
-        return Generation(r.text, tuple(r.tokens), self._job.prompt, r.finish_reason or "cancelled", timings)
+        reason = r.finish_reason or "cancelled"
+        return Generation(r.text, tuple(r.tokens), self._job.prompt, reason, timings, r.shifts)
 
 
 def _pieces(engine: StepEngine, tokenizer: Tokenizer, job: Job, record: _Record) -> Generator[str, None, None]:
     """The loop. Not a method of `Stream`, so that a stream nobody holds any more is closed at once."""
     text, stops = Detokenizer(tokenizer, after=job.prompt), StopStrings(job.stops)
-    capacity = len(job.prompt) + min(job.max_new_tokens, job.room)
-    session = engine.restore(job.resume.layers(), capacity) if job.resume else engine.session(capacity)
+    session = _session(engine, job, record)
     try:
-        if session.length == len(job.prompt):  # it was stopped before a token was drawn: take the last step again
-            session.truncate(session.length - 1)
-        feed: Sequence[int] = job.prompt[session.length :]
         while record.finish_reason is None:
-            token = _next_token(engine, session, feed, job, record)
-            feed = (token,)
+            token = _next_token(engine, session, job, record)
             piece = "" if token in job.eos_ids else stops.push(text.push(token))
             reason = _finish(token, stops, job, len(record.tokens))
             if reason is not None:
@@ -147,21 +152,47 @@ def _pieces(engine: StepEngine, tokenizer: Tokenizer, job: Job, record: _Record)
             if piece:
                 yield piece
     finally:
-        if job.keep is not None and session.length:
-            job.keep(session, (*job.prompt, *record.tokens))
+        if job.keep is not None and (session.length or record.shifts):
+            job.keep(session, tuple(record.known))
         session.close()
 
 
-def _next_token(engine: StepEngine, session: Any, feed: Sequence[int], job: Job, record: _Record) -> int:
+def _session(engine: StepEngine, job: Job, record: _Record) -> Any:
+    """A session that has seen what the resumed conversation's had, as far as that still fits the context."""
+    capacity = min(len(job.prompt) + job.max_new_tokens, job.context)
+    if job.resume is None or len(job.prompt) > capacity:
+        if len(job.prompt) > capacity:
+            _shorten(record, capacity, len(job.prompt) - (job.resume.length if job.resume else 0))
+        return engine.session(capacity)
+    session = engine.restore(job.resume.layers(), capacity)
+    if session.length == len(job.prompt):  # it was stopped before a token was drawn: take the last step again
+        session.truncate(session.length - 1)
+    return session
+
+
+def _shorten(record: _Record, context: int, unseen: int) -> None:
+    """Keep the first token (BOS, as a rule) and the newest half of the context, with all that is unseen yet."""
+    record.known = [record.known[0], *record.known[-max(context // 2, unseen) :]]
+    record.shifts += 1
+
+
+def _next_token(engine: StepEngine, session: Any, job: Job, record: _Record) -> int:
+    """Draw a token after what is known. A full context is shortened first, and then seen anew from its start: the
+    session is that of the shortened text, in every bit."""
     started = time.perf_counter()
-    logits = engine.step(session, list(feed))
-    token = job.sampler.sample(logits, (*job.prompt, *record.tokens))
+    if len(record.known) > session.capacity:
+        unseen = len(record.known) - session.length
+        session.truncate(0)
+        _shorten(record, session.capacity, unseen)
+    logits = engine.step(session, record.known[session.length :])
+    token = job.sampler.sample(logits, record.known)
     seconds = time.perf_counter() - started
     if record.tokens:
         record.decode += seconds
     else:
         record.first_token = seconds
     record.tokens.append(token)
+    record.known.append(token)
     return token
 
 
@@ -173,4 +204,4 @@ def _finish(token: int, stops: StopStrings, job: Job, generated: int) -> FinishR
         return "stop"
     if generated >= job.max_new_tokens:
         return "length"
-    return "context" if generated >= job.room else None
+    return "context" if not job.shift and len(job.prompt) + generated >= job.context else None

@@ -122,11 +122,13 @@ class TextModel:
         repetition_penalty: float | None = None,
         seed: int | None = None,
         session: str | Path | None = None,
+        context_shift: bool = False,
     ) -> Generation:
         """Generate to the end. Parameters and errors are those of `stream`."""
         stream = self.stream(
             prompt, max_new_tokens=max_new_tokens, stop=stop, temperature=temperature, top_k=top_k,
             top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, session=session,
+            context_shift=context_shift,
         )  # fmt: skip
         for _ in stream:
             pass
@@ -145,11 +147,15 @@ class TextModel:
         repetition_penalty: float | None = None,
         seed: int | None = None,
         session: str | Path | None = None,
+        context_shift: bool = False,
     ) -> Stream:
         """Generate a continuation of `prompt` (text, or token ids) piece by piece.
 
         session: a file the conversation is kept in. Where it exists, the prompt (which may then be empty) is added
         to that conversation, and without a seed the sampler goes on where it stopped. Written when the stream ends.
+
+        context_shift: when the context is full, go on with its first token and its newest half rather than end; what
+        they say is computed anew, bit for bit as in a fresh session of these tokens. The session file holds them.
 
         What is None comes from the checkpoint's generation_config.json: greedy unless that says
         `do_sample`; naming temperature, top_k, top_p or min_p asks for sampling.
@@ -166,7 +172,9 @@ class TextModel:
         )  # fmt: skip
         past = self._conversation(session)
         tokens = self._prompt_tokens(prompt) if past is None else self._continued(past, prompt)
-        job = self._job(tokens, max_new_tokens, stop, sampling)
+        seen = past.length if past is not None and context_shift else 0
+        self._check_room(len(tokens) - seen + (seen > 0))
+        job = self._job(tokens, max_new_tokens, stop, sampling, context_shift)
         if session is not None:
             if past is not None and seed is None:
                 job.sampler.state = past.random
@@ -213,15 +221,14 @@ class TextModel:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _job(self, prompt: tuple[int, ...], new: int, stop: Sequence[str], sampling: SamplingConfig) -> Job:
+    def _job(
+        self, prompt: tuple[int, ...], new: int, stop: Sequence[str], sampling: SamplingConfig, shift: bool
+    ) -> Job:
         if new < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {new}")
-        room = self.plan.context - len(prompt)
-        if room < 1:
-            raise PromptError(self._too_long(len(prompt)))
         StopStrings(stop)
         eos = frozenset(self._defaults.eos_ids or self.tokenizer.eos_ids)
-        return Job(prompt, new, room, eos, tuple(stop), Sampler(sampling))
+        return Job(prompt, new, self.plan.context, shift, eos, tuple(stop), Sampler(sampling))
 
     def _conversation(self, session: str | Path | None) -> Conversation | None:
         if session is None or not Path(session).exists():
@@ -262,10 +269,13 @@ class TextModel:
             raise PromptError(f"token id {outside[0]} lies outside the model's vocabulary of {vocab} tokens")
         return tuple(map(int, tokens))
 
-    def _too_long(self, tokens: int) -> str:
+    def _check_room(self, tokens: int) -> None:
+        """Raise PromptError where so many tokens, which no shift may drop, leave no room for another."""
         context, longest = self.plan.context, self._engine.facts.context_length
+        if tokens < context:
+            return
         advice = f" or raise the context (up to {longest})" if context < longest else ""
-        return (
+        raise PromptError(
             f"the prompt has {tokens} tokens; with one to generate that exceeds the context of {context}: "
             f"shorten the prompt{advice}"
         )

@@ -1,8 +1,11 @@
 """From missing records to reads: pure, vectorised planning.
 
 Reading a hole and throwing it away beats a second read when the hole is short ("LLM in a flash",
-arXiv 2312.11514, section 3.2; "access collapse" in RIPPLE, arXiv 2410.19274). How short is the
-caller's knob: nothing here knows the device.
+arXiv 2312.11514, section 3.2; "access collapse" in RIPPLE, arXiv 2410.19274). How short, and what reads
+take, the caller says: nothing here knows the device.
+
+When almost every record of a layer is missing, as for a long prompt, few holes are too wide to be read through, and
+reading straight on takes fewer reads than stopping at them: `cheapest` decides.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from flashinfer.config import DiskCurve
 from flashinfer.io.reader import Extents
 
 Index = npt.NDArray[np.int64]
@@ -101,6 +105,49 @@ def plan_records(
     targets = np.cumsum(lengths) - lengths
     shift = np.repeat(targets - run_starts, np.diff(first, append=len(records)))
     return RecordPlan(records, starts + shift, _split(run_starts, lengths, targets, max_extent))
+
+
+def cheapest(
+    plan: RecordPlan,
+    disk: DiskCurve,
+    *,
+    in_flight: int,
+    budget: int,
+    record_bytes: int,
+    offset: int,
+    alignment: int,
+    max_extent: int,
+) -> RecordPlan:
+    """The plan, or one contiguous run from its first record to its last: what is predicted to take less time.
+
+    `max_gap` judges each hole alone, by what a read costs when many are in flight. The whole run counts what that
+    leaves out: reads that cuts at `max_extent` make, and the latency that few reads in flight do not hide.
+
+    Args:
+        plan: of `plan_records`, with the same knobs.
+        disk: what reads take.
+        in_flight: reads that are under way at once, at most.
+        budget: bytes of the target buffer; a run beyond it is no choice.
+        record_bytes: as in `plan_records`, and so are `offset`, `alignment` and `max_extent`.
+    """
+    pieces = plan.extents
+    if len(pieces.offsets) < 2:
+        return plan
+    span = int(pieces.offsets[-1] + pieces.lengths[-1] - pieces.offsets[0])
+
+    def seconds(reads: int, size: int) -> float:
+        return disk.seconds(reads, size, min(in_flight, reads))
+
+    if span > budget or seconds(-(-span // max_extent), span) >= seconds(len(pieces.offsets), pieces.total):
+        return plan
+    return plan_records(
+        plan.records,
+        record_bytes=record_bytes,
+        offset=offset,
+        alignment=alignment,
+        max_gap=span,
+        max_extent=max_extent,
+    )
 
 
 def plan_range(start: int, length: int, *, alignment: int, max_extent: int) -> RangePlan:

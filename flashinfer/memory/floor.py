@@ -6,18 +6,19 @@ from flashinfer.config import (
     COPY_RECORDS,
     FILE_ALIGNMENT,
     MIN_STAGING,
-    TILE_KEYS,
     TILE_NEURONS,
     TILE_ROWS,
     TILE_TOKENS,
 )
 from flashinfer.io.plan import worst_case_bytes
-from flashinfer.memory.plan import Plan, Request
+from flashinfer.memory.plan import Mode, Plan, Request
 from flashinfer.speed import multiplied
 from flashinfer.store import Facts, Manifest
 from flashinfer.store.geometry import round_up
 from flashinfer.units import MIB
 
+KV_BYTES = {"f32": 4, "f16": 2}
+"""Of one value."""
 LIBRARY_GROWTH = 32 * MIB
 """Allowance for what libraries allocate after the baseline was measured: stacks, pools, tokenizer tables. Growth
 beyond the other parts was at most 12 MiB in 13 runs with 1 to 8 threads."""
@@ -28,18 +29,26 @@ def all_matrices(m: Manifest) -> frozenset[str]:
     return frozenset(multiplied(m))
 
 
-def least_plan(m: Manifest, r: Request, *, streams_dense: bool) -> Plan:
-    """The plan that keeps nothing it could stream, with the smallest buffers. Its total is the floor."""
+def needs_all(m: Manifest, mode: Mode) -> bool:
+    """Whether every step needs every neuron, which makes them streamable beforehand."""
+    return not m.facts.sparse or mode == "naive"
+
+
+def least_plan(m: Manifest, r: Request, *, streams: bool) -> Plan:
+    """The plan that keeps nothing it could stream, with the smallest buffers; its total is the floor. Where it
+    may not stream what is known beforehand, it has no buffers for that."""
     f = m.facts
     vectors = sum(t.bytes for t in m.tensors.values() if len(t.shape) == 1)
     widest = max(t.shape[1] for name, t in m.tensors.items() if name in all_matrices(m))
     record = max(layer.record_bytes for layer in m.layers)
-    neuron_staging = max(_worst_tile_bytes(m, r.alignment), MIN_STAGING)
+    tile = max(_worst_tile_bytes(m, r.alignment), MIN_STAGING)
     block = max(TILE_ROWS * t.bytes // t.shape[0] for t in m.tensors.values() if len(t.shape) == 2)
-    dense_staging = max(round_up(block, FILE_ALIGNMENT) + 2 * r.alignment, MIN_STAGING) if streams_dense else 0
+    block = max(round_up(block, FILE_ALIGNMENT) + 2 * r.alignment, MIN_STAGING)
+    neuron_staging = 0 if needs_all(m, r.mode) else tile
+    piece = 0 if not streams else max(block, tile) if needs_all(m, r.mode) else block
     bundle = max(layer.bundle_bytes for layer in m.layers)
     values = max(sum(p.elements for p in layer.parts) for layer in m.layers)
-    per_thread = 4 * max(TILE_ROWS * widest, TILE_NEURONS * values) + TILE_NEURONS * bundle
+    per_thread = r.footprint.weights(widest, values, bundle)
     lookup = TILE_TOKENS * (12 * max(f.embed_size, f.hidden_size) + 2 * r.alignment)
     return Plan(
         cap=r.cap.memory if r.cap.memory is not None else r.cap.weight_memory or 0,
@@ -48,14 +57,20 @@ def least_plan(m: Manifest, r: Request, *, streams_dense: bool) -> Plan:
         weight_vectors=vectors,
         weight_resident=0,
         weight_slots=0,
-        weight_staging=2 * (neuron_staging + dense_staging),
+        weight_staging=2 * (neuron_staging + piece),
         weight_scratch=r.threads * per_thread + COPY_RECORDS * record + lookup + round_up(bundle, FILE_ALIGNMENT),
         baseline=r.baseline + LIBRARY_GROWTH,
-        kv_cache=8 * f.num_layers * f.num_kv_heads * f.head_dim * round_up(r.context, TILE_KEYS),
+        kv_cache=2
+        * KV_BYTES[r.run.kv_type]
+        * f.num_kv_heads
+        * f.head_dim
+        * f.num_layers
+        * round_up(r.context, r.footprint.kv_unit),
         activations=_activations(f, r),
         bookkeeping=_bookkeeping(m, r),
         neuron_staging=neuron_staging,
-        dense_staging=dense_staging,
+        ring=2 * piece,
+        piece=piece,
         resident=frozenset(),
         slots=(0,) * len(m.layers),
     )
@@ -64,17 +79,19 @@ def least_plan(m: Manifest, r: Request, *, streams_dense: bool) -> Plan:
 def _activations(f: Facts, r: Request) -> int:
     """Bytes of the widest moment of a prompt chunk, attention scores and rotary tables included."""
     chunk = round_up(r.run.prefill_chunk, TILE_TOKENS) + TILE_TOKENS
-    outputs = (10 + 2 * r.threads) * f.hidden_size  # each thread holds the output of an FFN tile, and its pieces
-    width = outputs + 4 * f.num_heads * f.head_dim + 5 * f.intermediate_size
-    scores = 4 * f.num_heads * TILE_TOKENS * round_up(r.context, TILE_KEYS)
+    width = (
+        (10 + r.footprint.outputs(r.threads)) * f.hidden_size + 4 * f.num_heads * f.head_dim + 5 * f.intermediate_size
+    )
     rope = 0 if f.rope is None else round_up(r.context, TILE_TOKENS) * f.rope.rotary_dim
-    return 4 * (chunk * width + scores + rope + 3 * f.vocab_size)
+    return 4 * (chunk * width + rope + 3 * f.vocab_size) + r.footprint.scores(f, r.context, r.threads)
 
 
 def _bookkeeping(m: Manifest, r: Request) -> int:
     """Bytes of the tables that say where each record is: slot, score, stamp and candidates for eviction, the
     window's active sets, and the permutation."""
     per_record = 48 + 8 * r.run.cache.window
+    if needs_all(m, r.mode):
+        return sum(24 * n.neurons for n in m.layers)  # where each of them lies, and in what
     return sum(per_record * n.records + (8 * n.neurons if n.permutation is not None else 0) for n in m.layers)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from flashinfer.backend.footprint import NATIVE, Footprint
 from flashinfer.config import Cap, RunConfig
 
 Mode = Literal["cached", "always-miss", "naive"]
@@ -15,6 +16,8 @@ class Plan:
     """Where every byte of the cap goes. All sizes in bytes; `total <= cap` always holds.
 
     `weight_*` fields are DRAM that holds weights in any form; the rest only counts under `--memory`.
+    neuron_staging: one half of the buffer misses are read to. ring: memory what is known beforehand is streamed
+    through, in pieces of at most `piece` bytes.
     """
 
     cap: int
@@ -30,7 +33,8 @@ class Plan:
     activations: int
     bookkeeping: int
     neuron_staging: int
-    dense_staging: int
+    ring: int
+    piece: int
     resident: frozenset[str]
     slots: tuple[int, ...]
 
@@ -59,6 +63,7 @@ class Request:
 
     baseline: resident bytes of the process before any weight is loaded (measured by the caller).
     alignment: the unit of the reader's device.
+    footprint: what the backend keeps.
     """
 
     context: int
@@ -67,4 +72,5 @@ class Request:
     baseline: int
     run: RunConfig
     cap: Cap
+    footprint: Footprint = NATIVE
     mode: Mode = "cached"

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from flashinfer.config import FILE_ALIGNMENT, DiskCurve, Rates
 from flashinfer.errors import CapTooSmallError
-from flashinfer.memory.floor import all_matrices, least_plan
+from flashinfer.memory.floor import all_matrices, least_plan, needs_all
 from flashinfer.memory.plan import Plan, Request
 from flashinfer.speed import (
     TABLES,
@@ -24,6 +24,10 @@ from flashinfer.store import Manifest
 from flashinfer.store.geometry import round_up
 from flashinfer.units import format_size
 
+RING_SHARE = 16
+"""One part in so many of what is free above the floor is used to read ahead, up to `RunConfig.ring`."""
+RING_PIECES = 8
+"""Pieces the ring holds at least, where the tiles are not larger."""
 SLOT_STEPS = 64
 """Steps in which slots are weighed against matrices."""
 
@@ -52,15 +56,21 @@ def resolve(manifest: Manifest, request: Request) -> Plan:
     """
     # the planner's own figures, so that the same cap always gives the same plan
     c = conditions_of(manifest, request, request.run.io.disk, request.run.rates)
-    plans = [plan for start, must in _starts(manifest, request) if (plan := _spend(c, start, must)).total <= plan.cap]
+    plans = [plan for start, must in _starts(manifest, request) if _can_run(c, plan := _spend(c, start, must))]
     if plans:
-        return min(plans, key=lambda plan: sum(_price(c, cost) for cost in step_cost(c, plan, 1)))
-    least = least_plan(manifest, request, streams_dense=True)
+        return min(plans, key=lambda plan: _price(c, sum(step_cost(c, plan, 1), Cost())))
+    least = least_plan(manifest, request, streams=True)
     raise CapTooSmallError(
         f"a {least.cap_kind} cap of {format_size(least.cap)} is below the floor of {format_size(least.total)} "
         f"({least.total} bytes) for this model{_advice(least)}",
         least.total,
     )
+
+
+def _can_run(c: Conditions, plan: Plan) -> bool:
+    """Whether it keeps the cap, and has buffers for what it does not keep."""
+    every = all(slots == n.records for slots, n in zip(plan.slots, c.manifest.layers, strict=True))
+    return plan.total <= plan.cap and (plan.ring > 0 or every or not needs_all(c.manifest, c.mode))
 
 
 def conditions_of(manifest: Manifest, request: Request, disk: DiskCurve, rates: Rates) -> Conditions:
@@ -76,19 +86,26 @@ def _price(c: Conditions, cost: Cost) -> float:
 def _starts(m: Manifest, r: Request) -> list[tuple[Plan, frozenset[str]]]:
     """Plans that keep nothing yet, and what each must keep. Of equals the first counts: no stream, large buffers."""
     starts = []
-    for streams_dense in (True,) if r.mode == "naive" else (False, True):
-        least = least_plan(m, r, streams_dense=streams_dense)
+    for streams in (True,) if r.mode == "naive" else (False, True):
+        least, must = least_plan(m, r, streams=streams), frozenset() if streams else all_matrices(m)
+        if streams:
+            least = _with_ring(least, r)
         half = r.run.staging // FILE_ALIGNMENT * FILE_ALIGNMENT
-        while half > max(least.neuron_staging, least.dense_staging):
-            starts.append((_with_staging(least, half), frozenset() if streams_dense else all_matrices(m)))
+        while half > least.neuron_staging > 0:
+            staging = least.weight_staging + 2 * (half - least.neuron_staging)
+            starts.append((replace(least, neuron_staging=half, weight_staging=staging), must))
             half = half // 2 // FILE_ALIGNMENT * FILE_ALIGNMENT
-        starts.append((least, frozenset() if streams_dense else all_matrices(m)))
+        starts.append((least, must))
     return starts
 
 
-def _with_staging(least: Plan, half: int) -> Plan:
-    dense = half if least.dense_staging else 0
-    return replace(least, neuron_staging=half, dense_staging=dense, weight_staging=2 * (half + dense))
+def _with_ring(least: Plan, r: Request) -> Plan:
+    """A share of what the cap leaves goes to reading ahead, so that the disk works on while layers are computed."""
+    free = max(0, least.cap - least.total)
+    ring = min(max(r.run.ring, least.ring), least.ring + free // RING_SHARE) // FILE_ALIGNMENT * FILE_ALIGNMENT
+    ring = max(ring, least.ring)
+    piece = max(least.piece, min(r.run.staging, ring // RING_PIECES) // FILE_ALIGNMENT * FILE_ALIGNMENT)
+    return replace(least, ring=ring, piece=piece, weight_staging=least.weight_staging + ring - least.ring)
 
 
 def _advice(least: Plan) -> str:
@@ -139,7 +156,7 @@ def _slot_wants(c: Conditions, plan: Plan) -> list[_Want]:
     """Slots in steps of falling value: the concave hull of what they save, so that no step waits for a better one."""
     n, total = c.manifest.layers[0], sum(layer.bytes for layer in c.manifest.layers)
     counts = sorted({-(-n.records * i // SLOT_STEPS) for i in range(SLOT_STEPS + 1)})
-    price = {count: _price(c, neurons_cost(c, n, count, plan.neuron_staging, 1)) for count in counts}
+    price = {count: _price(c, neurons_cost(c, n, count, plan, 1)) for count in counts}
 
     def slope(a: int, b: int) -> float:
         return (price[a] - price[b]) / ((b - a) * n.record_bytes)

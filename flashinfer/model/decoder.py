@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from flashinfer.backend import Buffer
-from flashinfer.config import TILE_NEURONS, TILE_ROWS, TILE_TOKENS
+from flashinfer.config import TILE_NEURONS, TILE_ROWS, TILE_TOKENS, KvType
+from flashinfer.ledger import Ledger
 from flashinfer.model.rotary import rotary_tables
 from flashinfer.model.rows import Rows
 from flashinfer.model.weights import Weights
@@ -42,33 +43,47 @@ class Decoder:
     naive: select every neuron even where the activation is sparse (the baseline that reads everything).
     """
 
-    def __init__(self, facts: Facts, weights: Weights, context: int, *, window: int, naive: bool = False) -> None:
+    def __init__(
+        self,
+        facts: Facts,
+        weights: Weights,
+        context: int,
+        *,
+        window: int,
+        naive: bool = False,
+        ledger: Ledger | None = None,
+    ) -> None:
         self.facts, self.weights, self.backend = facts, weights, weights.backend
+        self._span = (ledger or Ledger()).span
         self._window = window
         self._predictor: Predictor = Exact() if facts.sparse and not naive else Everything()
         # whole tiles: the padding rows of a prompt's last tile may stand for positions beyond the context
         self._tables = rotary_tables(facts.rope, round_up(context, TILE_TOKENS)) if facts.rope else None
 
-    def new_kv(self, capacity: int) -> list[Buffer]:
+    def new_kv(self, capacity: int, kv_type: KvType) -> list[Buffer]:
         """Empty keys and values for every layer."""
         f = self.facts
-        return [self.backend.new_kv(f.num_kv_heads, f.head_dim, capacity) for _ in range(f.num_layers)]
+        return [self.backend.new_kv(f.num_kv_heads, f.head_dim, capacity, kv_type) for _ in range(f.num_layers)]
 
     def forward(self, tokens: Index, rows: Rows, kv: list[Buffer]) -> Buffer:
         """Hidden states `[rows.total, hidden]` after the last layer. Writes `kv` at the rows' positions."""
-        x = self._embed(tokens, rows)
+        with self._span("embedding"):
+            x = self._embed(tokens, rows)
         for layer in range(self.facts.num_layers):
-            x = self._block(x, f"layers.{layer}.attn", partial(self._attention, layer, rows=rows, kv=kv[layer]))
-            x = self._block(x, f"layers.{layer}.ffn", partial(self._ffn, layer, rows=rows))
+            with self._span("attention", layer):
+                x = self._block(x, f"layers.{layer}.attn", partial(self._attention, layer, rows=rows, kv=kv[layer]))
+            with self._span("ffn", layer):
+                x = self._block(x, f"layers.{layer}.ffn", partial(self._ffn, layer, rows=rows))
         return x
 
     def head(self, x: Buffer) -> Floats:
         """Logits `[tokens, vocab]` of hidden states, on the host."""
-        if self.facts.final_norm:
-            x = self._norm(x, "final_norm")
-        if self.weights.has("project_out.weight"):
-            x = self._linear(x, "project_out")
-        return self.backend.fetch(self._linear(x, "embed" if self.facts.tied_head else "head"))
+        with self._span("head"):
+            if self.facts.final_norm:
+                x = self._norm(x, "final_norm")
+            if self.weights.has("project_out.weight"):
+                x = self._linear(x, "project_out")
+            return self.backend.fetch(self._linear(x, "embed" if self.facts.tied_head else "head"))
 
     # -- parts
 

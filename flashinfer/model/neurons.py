@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,17 +9,17 @@ import numpy as np
 import numpy.typing as npt
 
 from flashinfer.cache import AlwaysMiss, Change, Policy, WindowCache
-from flashinfer.config import COPY_RECORDS, FILE_ALIGNMENT, RunConfig
-from flashinfer.errors import StoreReadError
-from flashinfer.io import AlignedBuffer, Pending, Reader, RecordPlan, group_tiles, plan_range, plan_records
+from flashinfer.config import COPY_RECORDS, RunConfig
+from flashinfer.io import Reader, RecordPlan, cheapest, group_tiles, plan_range, plan_records
 from flashinfer.ledger import Ledger
 from flashinfer.memory import Mode, Plan
+from flashinfer.model.arena import Arena, Bytes
+from flashinfer.model.reads import Reading, Reads
+from flashinfer.model.stream import Piece, Stream
 from flashinfer.model.weights import Group
 from flashinfer.predict import Selection
-from flashinfer.store import Geometry, Manifest
-from flashinfer.store.geometry import round_up
+from flashinfer.store import Geometry
 
-Bytes = npt.NDArray[np.uint8]
 Index = npt.NDArray[np.int64]
 NEURON_FILE = 1
 """The neuron file's place among the reader's files."""
@@ -44,43 +43,38 @@ class _Batch:
     last: int
     plan: RecordPlan
     half: int
-    pending: Pending | None = None
+    reading: Reading | None = None
 
 
 class NeuronStore:
     """All neurons of a model behind `groups`.
 
-    One arena holds everything a bundle can be in: a bundle of zeros at its start (what padding points to), the slots
-    of every layer, and two halves of staging. So a bundle is a byte offset, whether it was a hit or was just read.
-    Invariant: arena = zeros + slots + staging = the plan's figures; nothing is allocated per token but indices
-    and a few records on their way from staging to slots.
+    Nothing is allocated per token but indices and a few records on their way from staging to slots.
     """
 
     def __init__(
         self,
-        manifest: Manifest,
         geometries: Sequence[Geometry],
         reader: Reader,
         plan: Plan,
         run: RunConfig,
         mode: Mode,
         ledger: Ledger,
+        arena: Arena,
     ) -> None:
-        self._reader, self._run, self._ledger, self._mode = reader, run, ledger, mode
-        self._half = plan.neuron_staging
-        base = round_up(max(layer.bundle_bytes for layer in manifest.layers), FILE_ALIGNMENT)
-        self._layers: list[_Layer] = []
-        for geometry, slots in zip(geometries, plan.slots, strict=True):
-            self._layers.append(_Layer(geometry, self._make_policy(geometry.records, slots), base, slots))
-            base += round_up(slots * geometry.record_bytes, FILE_ALIGNMENT)
-        self._staging = base
-        self._buffer = AlignedBuffer(base + 2 * self._half)
-        self._arena: Bytes = self._buffer.array
+        self._run, self._ledger, self._mode = run, ledger, mode
+        self._reads, self._alignment = Reads(reader, NEURON_FILE, "neurons", ledger), reader.alignment
+        self._half, self._staging, self._arena = plan.neuron_staging, arena.staging, arena.bytes
+        self._layers = [
+            _Layer(geometry, self._make_policy(geometry.records, slots), base, slots)
+            for geometry, slots, base in zip(geometries, plan.slots, arena.slots, strict=True)
+        ]
         self._place = np.zeros(max(g.records for g in geometries), dtype=np.int64)
-        self._unsettled: list[Pending] = []
         if mode == "cached":
             for layer in self._layers:
-                self._preload(layer)
+                g, slots = layer.geometry, self._arena[layer.base :]
+                count = load_slots(g, layer.slots, slots, self._reads, self._alignment, run.io.max_extent)
+                layer.policy.preload(np.arange(count))
 
     def _make_policy(self, records: int, slots: int) -> Policy:
         if self._mode != "cached":
@@ -94,15 +88,21 @@ class NeuronStore:
         return min(layer.policy.effective_window for layer in self._layers)
 
     def close(self) -> None:
-        """Wait for stray reads and drop the arena."""
-        self._settle()
-        self._arena = np.empty(0, dtype=np.uint8)  # the memory goes with the last who can see it
-        self._buffer.close()
+        """Wait for stray reads and let go of the arena."""
+        self._reads.settle()
+        self._arena = np.empty(0, dtype=np.uint8)
+
+    def pieces(self, layer: int) -> list[Piece]:
+        """Nothing is known beforehand."""
+        return []
+
+    def read_from(self, stream: Stream) -> None:
+        """Nothing is taken from the stream."""
 
     def groups(self, index: int, selection: Selection, tiles: Index) -> Iterator[Group]:
         """See `model.weights.Weights.neurons`. The cache has the selection's records when the last group is out."""
         layer = self._layers[index]
-        self._settle()
+        self._reads.settle()
         try:
             yield from self._step(layer, selection, tiles)
         except BaseException:
@@ -127,7 +127,8 @@ class NeuronStore:
         for i, batch in enumerate(batches):
             for ahead in batches[i : i + 2]:
                 self._submit(ahead)
-            self._wait(batch)
+            if batch.reading is not None:
+                self._reads.wait(batch.reading)
             with self._ledger.managing():
                 self._insert(layer, change, batch, arrived)
                 offsets = self._offsets(layer, change, tiles[batch.first : batch.last], batch, arrived)
@@ -136,48 +137,27 @@ class NeuronStore:
     def _batches(self, layer: _Layer, change: Change, tiles: Index) -> list[_Batch]:
         """Tiles grouped so that what each group misses fits into half of the staging buffer."""
         g, io = layer.geometry, self._run.io
-        knobs = {"record_bytes": g.record_bytes, "offset": g.offset, "alignment": self._reader.alignment}
-        everything = plan_records(change.misses, **knobs, max_gap=io.max_gap, max_extent=io.max_extent)
-        if everything.extents.total <= self._half:
-            return [_Batch(0, len(tiles), everything, 0)]
-        missing = np.zeros(g.records, dtype=bool)
-        missing[change.misses] = True
-        per_tile = []
-        for tile in tiles:
-            records = g.records_of(tile[tile >= 0])
-            per_tile.append(records[missing[records]])
-        found = group_tiles(per_tile, budget=self._half, **knobs, max_gap=io.max_gap, max_extent=io.max_extent)
+        knobs = {
+            "record_bytes": g.record_bytes, "offset": g.offset, "alignment": self._alignment,
+            "max_extent": io.max_extent,
+        }  # fmt: skip
+        found = [(0, len(tiles), plan_records(change.misses, **knobs, max_gap=io.max_gap))]
+        if found[0][2].extents.total > self._half:
+            missing = np.zeros(g.records, dtype=bool)
+            missing[change.misses] = True
+            needed = [g.records_of(tile[tile >= 0]) for tile in tiles]
+            wanted = [records[missing[records]] for records in needed]
+            found = group_tiles(wanted, budget=self._half, **knobs, max_gap=io.max_gap)
+        if io.objective == "time":
+            limits = knobs | {"in_flight": io.in_flight, "budget": self._half}
+            found = [(a, b, cheapest(plan, io.disk, **limits)) for a, b, plan in found]
         return [_Batch(a, b, plan, i % 2) for i, (a, b, plan) in enumerate(found)]
 
     def _submit(self, batch: _Batch) -> None:
         extents = batch.plan.extents
-        if batch.pending is not None or not extents.total:
-            return
-        target = self._arena[self._staging + batch.half * self._half :][: extents.total]
-        batch.pending = self._reader.submit(NEURON_FILE, extents, target)
-        self._unsettled.append(batch.pending)
-        account = self._ledger.current
-        account.bytes_read += extents.total
-        account.reads += len(extents.offsets)
-
-    def _wait(self, batch: _Batch) -> None:
-        if batch.pending is not None:
-            self._await(batch.pending)
-            self._unsettled.remove(batch.pending)
-
-    def _await(self, pending: Pending) -> None:
-        before = self._reader.stats.seconds_waiting
-        try:
-            pending.wait()
-        finally:
-            self._ledger.current.io_wait += self._reader.stats.seconds_waiting - before
-
-    def _settle(self) -> None:
-        """A step that was abandoned may have left reads writing to the staging buffer: let them end first."""
-        while self._unsettled:
-            with contextlib.suppress(StoreReadError):
-                self._await(self._unsettled[-1])
-            self._unsettled.pop()
+        if batch.reading is None and extents.total:
+            target = self._arena[self._staging + batch.half * self._half :][: extents.total]
+            batch.reading = self._reads.submit(extents, target)
 
     def _offsets(
         self, layer: _Layer, change: Change, tiles: Index, batch: _Batch, arrived: npt.NDArray[np.bool_]
@@ -202,8 +182,9 @@ class NeuronStore:
         """Copy the batch's records that stay from staging to their slots."""
         if arrived.all():
             return
-        all_here = len(batch.plan.records) == len(change.misses)
-        here = np.flatnonzero(~arrived if all_here else np.isin(change.insert_records, batch.plan.records) & ~arrived)
+        read = np.zeros(layer.geometry.records, dtype=bool)
+        read[batch.plan.records] = True
+        here = np.flatnonzero(read[change.insert_records] & ~arrived)
         at = self._staging + batch.half * self._half + batch.plan.places_of(change.insert_records[here])
         self._copy(layer, change.insert_slots[here], at)
         arrived[here] = True
@@ -216,18 +197,11 @@ class NeuronStore:
         for i in range(0, len(slots), COPY_RECORDS):
             own[slots[i : i + COPY_RECORDS]] = anywhere[sources[i : i + COPY_RECORDS]]
 
-    def _preload(self, layer: _Layer) -> None:
-        """Fill the slots with the layer's first records, straight from the device into place."""
-        g = layer.geometry
-        count = min(layer.policy.slots, g.records)
-        if not count:
-            return
-        layer.policy.preload(np.arange(count))
-        align, extent = self._reader.alignment, self._run.io.max_extent
-        plan = plan_range(g.offset, count * g.record_bytes, alignment=align, max_extent=extent)
-        target = self._arena[layer.base : layer.base + plan.extents.total]
-        self._await(self._reader.submit(NEURON_FILE, plan.extents, target))
-        account = self._ledger.current
-        account.bytes_read += plan.extents.total
-        account.reads += len(plan.extents.offsets)
-        account.useful_bytes += count * g.record_bytes
+
+def load_slots(g: Geometry, slots: int, memory: Bytes, reads: Reads, alignment: int, max_extent: int) -> int:
+    """Fill slots with the layer's first records, straight from the device into `memory`; returns how many."""
+    count = min(slots, g.records)
+    if count:
+        plan = plan_range(g.offset, count * g.record_bytes, alignment=alignment, max_extent=max_extent)
+        reads.wait(reads.submit(plan.extents, memory[: plan.extents.total], count * g.record_bytes))
+    return count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +12,12 @@ from flashinfer.config import RunConfig
 from flashinfer.errors import StoreError
 from flashinfer.io import Reader
 from flashinfer.ledger import Ledger
-from flashinfer.memory import Mode, Plan
-from flashinfer.model.dense import DenseWeights
+from flashinfer.memory import Mode, Plan, needs_all
+from flashinfer.model.arena import Arena
+from flashinfer.model.dense import HEAD, DenseWeights
 from flashinfer.model.neurons import NeuronStore
+from flashinfer.model.pinned import PinnedNeurons
+from flashinfer.model.stream import Piece, Stream
 from flashinfer.model.weights import Group
 from flashinfer.predict import Selection
 from flashinfer.store import Geometry, Manifest, NeuronLayer
@@ -30,6 +33,17 @@ def bundle_of(layer: NeuronLayer) -> Bundle:
             "the decision matrix of this store is bundled, which exact selection cannot use; pack it again"
         )
     return Bundle(layer.bundle_bytes, parts["down.weight"], parts.get("up.weight"), parts.get("up.bias"))
+
+
+def in_order(dense: Mapping[str, Sequence[Piece]], neurons: Sequence[Sequence[Piece]]) -> list[Piece]:
+    """All pieces in the order a step uses them; `dense` by matrix in the order of the file, `neurons` by layer."""
+    before = [piece for role, some in dense.items() if role == "project_in.weight" for piece in some]
+    layers = []
+    for i, some in enumerate(neurons):
+        layers += [piece for role in dense if role.startswith(f"layers.{i}.") for piece in dense[role]]
+        layers += some
+    after = [piece for role, some in dense.items() if role in HEAD for piece in some]
+    return before + layers + after
 
 
 class StreamedWeights:
@@ -49,12 +63,22 @@ class StreamedWeights:
         self.backend = backend
         self._bundles = [bundle_of(layer) for layer in manifest.layers]
         self._dense = DenseWeights(manifest, reader, backend, plan, ledger, run.io.max_extent)
-        self._neurons = NeuronStore(manifest, geometries, reader, plan, run, mode, ledger)
+        self._arena = Arena(manifest, geometries, plan)
+        self._neurons: NeuronStore | PinnedNeurons
+        if needs_all(manifest, mode):
+            self._neurons = PinnedNeurons(geometries, reader, plan, run, ledger, self._arena)
+        else:
+            self._neurons = NeuronStore(geometries, reader, plan, run, mode, ledger, self._arena)
+        pieces = in_order(self._dense.pieces(), [self._neurons.pieces(i) for i in range(len(geometries))])
+        self._stream = Stream(self._arena.bytes[self._arena.ring :], pieces)
+        self._dense.read_from(self._stream, self._arena.bytes, self._arena.ring)
+        self._neurons.read_from(self._stream)
         self.vector = self._dense.vector
         self.has = self._dense.has
         self.rows_of = self._dense.rows_of
         self.blocks = self._dense.blocks
         self.lookup = self._dense.lookup
+        self.expect_head = self._stream.expect_head
 
     @property
     def effective_window(self) -> int:
@@ -71,5 +95,7 @@ class StreamedWeights:
 
     def close(self) -> None:
         """Drop all weights. Nothing is in flight afterwards."""
+        self._stream.settle()
         self._dense.close()
         self._neurons.close()
+        self._arena.close()

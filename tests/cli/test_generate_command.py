@@ -77,7 +77,7 @@ def test_options_reach_load(loaded: Loaded) -> None:
     assert cli.main(["generate", "a.flash", "-p", "abc", *options]) == 0
     assert loaded.arguments == {
         "store": Path("a.flash"), "memory": 1 << 30, "weight_memory": None, "window": 9, "io_objective": "bytes",
-        "threads": 2, "context": 32, "device": "cuda",
+        "threads": 2, "context": 32, "device": "cuda", "trace": None,
     }  # fmt: skip
 
 
@@ -146,6 +146,7 @@ def test_prompts_that_cannot_be_used(
         ["--memory", "1GiB", "--weight-memory", "1GiB"],
         ["--device", "tpu"],
         ["--io-objective", "luck"],
+        ["--session", "a", "--trace", "a"],
     ],
 )
 def test_values_that_cannot_be_are_wrong_usage(

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flashinfer import pack
-from flashinfer.backend import torch_backend
-from flashinfer.config import CacheConfig, Cap, IoConfig, RunConfig
+from flashinfer.backend import has_native, torch_backend
+from flashinfer.config import BackendName, CacheConfig, Cap, IoConfig, KvType, RunConfig
 from flashinfer.engine import Model
 from flashinfer.errors import CapTooSmallError
 from tests.checkpoints import make_llama, make_opt
@@ -23,6 +23,7 @@ from tests.twin import Twin
 PROMPT = [int(t) for t in np.random.default_rng(3).integers(3, 96, 37)]
 DECODED = [int(t) for t in np.random.default_rng(4).integers(3, 96, 9)]
 CONTEXT = 192
+BACKENDS: list[BackendName] = ["torch", *(["native"] if has_native() else [])]
 CASES = [("llama", "float16"), ("llama", "float32"), ("opt", "bfloat16"), ("llama-silu", "float16")]
 
 
@@ -52,14 +53,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Made
 
 
 @cache
-def twin_logits(checkpoint: Path, store: Path) -> tuple[npt.NDArray[np.float32], ...]:
+def twin_logits(
+    checkpoint: Path, store: Path, backend: BackendName, kv_type: KvType
+) -> tuple[npt.NDArray[np.float32], ...]:
     with Model.open(store) as model:
-        twin = Twin(checkpoint, model.facts, context=CONTEXT)
+        twin = Twin(checkpoint, model.facts, context=CONTEXT, backend=backend, kv_type=kv_type)
     prompt = twin.logits(PROMPT)
     return prompt, *(twin.logits([t])[0] for t in DECODED)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=90, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     case=st.sampled_from(CASES),
     packing=st.sampled_from([(0, 1), (0, 5), (1, 2), (2, 7)]),
@@ -70,19 +73,25 @@ def twin_logits(checkpoint: Path, store: Path) -> tuple[npt.NDArray[np.float32],
     threads=st.sampled_from([1, 2]),
     chunk=st.integers(1, 40),
     mode=st.sampled_from(["cached", "cached", "cached", "always-miss"]),
+    backend=st.sampled_from(BACKENDS),
+    kv_type=st.sampled_from(["f32", "f32", "f16"]),
+    ring=st.sampled_from([0, 50_000, 1 << 20]),
 )
 def test_bit_for_bit(
-    made, monkeypatch, case, packing, share, window, retention, objective, threads, chunk, mode
+    made, monkeypatch, case, packing, share, window, retention, objective, threads, chunk, mode, backend, kv_type, ring
 ) -> None:
     monkeypatch.setattr(torch_backend, "PARALLEL_WORK", 0)
     m = made[case]
-    expected = twin_logits(m.checkpoint, m.stores[0, 1])
+    expected = twin_logits(m.checkpoint, m.stores[0, 1], backend, kv_type)
     run = RunConfig(
         io=IoConfig(objective=objective, threads=4),
         cache=CacheConfig(window=window, retention=retention),
         threads=threads,
         prefill_chunk=chunk,
         staging=128 * 1024,
+        ring=ring,
+        backend=backend,
+        kv_type=kv_type,
     )
     store = m.stores[packing]
     try:
@@ -103,7 +112,7 @@ def test_bit_for_bit(
 
 def test_naive_agrees(made) -> None:
     m = made["llama", "float16"]
-    expected = twin_logits(m.checkpoint, m.stores[0, 1])
+    expected = twin_logits(m.checkpoint, m.stores[0, 1], "auto", "f32")
     with Model.open(m.stores[0, 5], Cap(weight_memory=10**9), context=CONTEXT, mode="naive") as model:
         session = model.session()
         assert np.abs(model.logits(session, PROMPT) - expected[0]).max() <= 1e-5

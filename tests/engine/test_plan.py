@@ -61,7 +61,7 @@ def test_a_generous_cap_keeps_everything(packed) -> None:
     plan = resolve(manifest, replace(BASE, cap=Cap(weight_memory=10**9)))
     assert plan.resident == {name for name, t in manifest.tensors.items() if len(t.shape) == 2}
     assert plan.slots == tuple(layer.records for layer in manifest.layers)
-    assert plan.dense_staging == 0
+    assert plan.ring == 0
 
 
 def test_the_memory_cap_counts_the_rest_too(packed) -> None:

@@ -48,6 +48,10 @@ class FakeSession:
     length: int = 0
     closed: bool = False
 
+    def truncate(self, length: int) -> None:
+        assert 0 <= length <= self.length
+        self.length = length
+
     def close(self) -> None:
         assert not self.closed
         self.closed = True
