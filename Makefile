@@ -27,7 +27,7 @@ lint: $(VENV)/.installed-check
 
 wheel: $(VENV)/.installed-check
 	rm -rf dist
-	$(RUN) -m build --wheel --no-isolation
+	$(RUN) -m build --wheel
 	$(RUN) -m zipfile --list dist/*.whl | grep flashinfer/layouts/llama.toml
 
 # The native core built with AddressSanitizer, in a copy of the package that comes first on the path; gcc or clang.

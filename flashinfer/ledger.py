@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
+from flashinfer.machine import device_bytes_read
 from flashinfer.trace import Trace
 
 PHASES: Final = ("load", "prefill", "decode")
@@ -18,6 +19,8 @@ NOTHING: Final = nullcontext()
 class Account:
     """Sums over the steps of one phase. Bytes are bytes asked of the device; times are seconds.
 
+    device_bytes: what the kernel says it fetched from storage for this process meanwhile, its page-ins of program and
+    libraries among it; None where it does not say.
     useful_bytes: of the bytes read, those of records somebody needed and of streamed dense matrices.
     hits, misses: records found in a slot, records that had to be read.
     """
@@ -28,6 +31,7 @@ class Account:
     io_wait: float = 0.0
     management: float = 0.0
     bytes_read: int = 0
+    device_bytes: int | None = 0
     reads: int = 0
     useful_bytes: int = 0
     hits: int = 0
@@ -52,6 +56,13 @@ class Account:
     def tokens_per_second(self) -> float:
         """Throughput of the phase; 0 before its first step."""
         return self.tokens / self.seconds if self.seconds else 0.0
+
+    def fetched(self, before: int | None, after: int | None) -> None:
+        """Charge what the kernel fetched between these two counts of it."""
+        if before is None or after is None:
+            self.device_bytes = None
+        elif self.device_bytes is not None:
+            self.device_bytes += after - before
 
     def to_json(self) -> dict[str, Any]:
         """Everything above as plain values."""
@@ -78,10 +89,14 @@ class Ledger:
         """Charge what happens inside to `account`. What fails costs time and bytes, but no token came of it."""
         self.current = account
         name = next(name for name in PHASES if getattr(self, name) is account)
-        with self._timing(name, "seconds", tokens=tokens):
-            yield
-            account.steps += 1
-            account.tokens += tokens
+        before = device_bytes_read()
+        try:
+            with self._timing(name, "seconds", tokens=tokens):
+                yield
+                account.steps += 1
+                account.tokens += tokens
+        finally:
+            account.fetched(before, device_bytes_read())
 
     def managing(self) -> AbstractContextManager[None]:
         """Charge the time inside to cache management."""

@@ -249,7 +249,7 @@ def neurons_cost(c: Conditions, n: NeuronLayer, slots: int, plan: Plan, tokens: 
     size = n.neurons * n.bundle_bytes
     read, reads = _run_at_the_end(c, n, 1.0 - kept, plan.piece)
     ahead = c.disk.seconds(reads, read, min(c.run.io.in_flight, max(1.0, plan.ring / max(1, plan.piece))))
-    pieces = read / (plan.piece or c.run.staging)
+    pieces = read / (plan.piece or n.bytes)
     return Cost(read, reads, size, ahead, 0.0, size / rate + pieces * BLOCK_SECONDS)
 
 
@@ -274,7 +274,7 @@ def _run_at_the_end(c: Conditions, n: NeuronLayer, missing: float, piece: int) -
     if missing <= 0.0:
         return 0.0, 0.0
     read = missing * n.records * n.record_bytes
-    pieces = max(1.0, read / (piece or c.run.staging))
+    pieces = max(1.0, read / (piece or n.bytes))
     again = n.record_bytes if TILE_NEURONS % n.bundles_per_record else 0  # a record two pieces share
     read += (pieces - 1) * again + pieces * _widening(n.record_bytes, c.alignment)
     return read, max(pieces, read / c.run.io.max_extent)

@@ -1,4 +1,6 @@
-"""Runs a command in a memory cgroup of exactly so many bytes, swap off (v1 and v2), and says what it took."""
+"""Runs a command in a memory cgroup of exactly so many bytes, swap off (v1 and v2), and says what it took.
+
+Where no cgroup can be made, the command runs without, and what it took is the most its process was ever resident."""
 
 from __future__ import annotations
 
@@ -20,6 +22,7 @@ V2 = Path("/sys/fs/cgroup")
 _NUMBERS = itertools.count()
 _SAMPLING_SECONDS = 0.005
 _PATIENCE = 120.0
+_ANY = 1 << 30
 _ENTER = 'echo $$ > "$0" && exec "$@"'
 """A shell that moves itself into the cgroup before the command begins, so that all of it is charged."""
 
@@ -27,15 +30,18 @@ _ENTER = 'echo $$ > "$0" && exec "$@"'
 @dataclass(frozen=True)
 class Limited:
     """How a command ended. `peak` is the most anonymous, kernel and shared memory seen at one time, in bytes
-    (page cache is left out: it gives way); `writing` is what happened while it wrote to stdout, from the first
-    piece to the last: for `generate`, while it decoded."""
+    (page cache is left out: it gives way); `writing` is what happened while it wrote to stdout, from the first of
+    the `pieces` to the last: for `generate`, while it decoded.
+
+    Without a cgroup `peak` is VmHWM, and `writing` None."""
 
     returncode: int
     stdout: str
     stderr: str
     oom_kills: int
     peak: int
-    writing: Pressure
+    pieces: int
+    writing: Pressure | None
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class _Group:
 
     def __init__(self, path: Path, version: int) -> None:
         self.path, self.version = path, version
+        self.enter = ["/bin/sh", "-c", _ENTER, str(path / "cgroup.procs")]
 
     def limit(self, size: int) -> None:
         if self.version == 1:
@@ -68,8 +75,8 @@ class _Group:
             if (self.path / "memory.swap.max").exists():
                 self._write("memory.swap.max", 0)
 
-    def in_use(self) -> int:
-        """Anonymous, kernel and shared memory now."""
+    def in_use(self, process: int) -> int:
+        """Anonymous, kernel and shared memory now, of every process in it."""
         stat = self._table("memory.stat")
         if self.version == 2:
             return stat["anon"] + stat["shmem"] + stat.get("kernel", 0)
@@ -97,47 +104,76 @@ class _Group:
         (self.path / name).write_text(str(value))
 
 
+class _Alone:
+    """What stands for a cgroup where none can be made: the process is watched, and not limited."""
+
+    enter: Sequence[str] = ()
+
+    def in_use(self, process: int) -> int:
+        """The most the process was ever resident (VmHWM); 0 once it has ended."""
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{process}/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        return 0
+
+    def oom_kills(self) -> int:
+        return 0
+
+    def pressure(self) -> None:
+        return None
+
+
 def run_limited(
     command: Sequence[str], limit: int, *, cwd: Path | None = None, env: dict[str, str] | None = None
 ) -> Limited:
-    """Run `command` in a fresh memory cgroup of `limit` bytes. Skips the test where none can be made."""
+    """Run `command` in a fresh memory cgroup of `limit` bytes, or without one where none can be made. Skips the test
+    where there is no way to say what it takes."""
     with _group(limit) as group:
-        shell = ["/bin/sh", "-c", _ENTER, str(group.path / "cgroup.procs"), *command]
         process = subprocess.Popen(
-            shell, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=cwd, env=env
-        )
+            [*group.enter, *command],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=cwd, env=env,
+        )  # fmt: skip
         try:
             with ThreadPoolExecutor() as watchers:
                 peak = watchers.submit(_peak, group, process)
                 stderr = watchers.submit(process.stderr.read)
-                stdout, writing = _watched(group, process.stdout)
+                stdout, seen = _watched(group, process.stdout)
                 process.wait(timeout=_PATIENCE)
         finally:
             process.kill()
             process.wait()
-        return Limited(
-            process.returncode, stdout.decode(), stderr.result().decode(), group.oom_kills(), peak.result(), writing
-        )
+        kills = group.oom_kills()
+    first, last = seen[min(1, len(seen) - 1)], seen[-1]
+    return Limited(
+        process.returncode,
+        stdout.decode(),
+        stderr.result().decode(),
+        oom_kills=kills,
+        peak=peak.result(),
+        pieces=len(seen) - 1,
+        writing=None if first is None or last is None else last - first,
+    )
 
 
-def _peak(group: _Group, process: subprocess.Popen[bytes]) -> int:
-    """The most the cgroup used until the process ended, which must be soon."""
+def _peak(group: _Group | _Alone, process: subprocess.Popen[bytes]) -> int:
+    """The most that was used until the process ended, which must be soon."""
     peak, give_up = 0, time.monotonic() + _PATIENCE
     while process.poll() is None:
-        peak = max(peak, group.in_use())
+        peak = max(peak, group.in_use(process.pid))
         if time.monotonic() > give_up:
             process.kill()
         time.sleep(_SAMPLING_SECONDS)
     return peak
 
 
-def _watched(group: _Group, stdout: IO[bytes]) -> tuple[bytes, Pressure]:
-    """All of a process's output, and the pressure between the first piece of it and the last."""
+def _watched(group: _Group | _Alone, stdout: IO[bytes]) -> tuple[bytes, list[Pressure | None]]:
+    """All of a process's output; the pressure at the start, and after each piece of it."""
     pieces, seen = [], [group.pressure()]
     while piece := os.read(stdout.fileno(), 1 << 16):
         seen.append(group.pressure())
         pieces.append(piece)
-    return b"".join(pieces), seen[-1] - seen[min(1, len(seen) - 1)]
+    return b"".join(pieces), seen
 
 
 def drop_page_cache(folder: Path) -> None:
@@ -150,32 +186,38 @@ def drop_page_cache(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _group(limit: int) -> Iterator[_Group]:
+def _group(limit: int) -> Iterator[_Group | _Alone]:
     group = _make(f"flashinfer-test-{os.getpid()}-{next(_NUMBERS)}")
+    if group is None:
+        if not Path("/proc/self/status").exists():
+            pytest.skip("no memory cgroup can be made, and the system does not say what a process takes")
+        yield _Alone()
+        return
     try:
-        try:
-            group.limit(limit)
-        except OSError as e:
-            pytest.skip(f"{group.path} takes no limit: {e.strerror}")
+        group.limit(limit)
         yield group
     finally:
         _remove(group.path)
 
 
-def _make(name: str) -> _Group:
-    """A new cgroup below one that may be written to: this process's own, its parent, or the root."""
-    tried = []
+def _make(name: str) -> _Group | None:
+    """A new cgroup that takes a limit, below one that may be written to: this process's own, its parent, or the
+    root. None where there is none."""
     for version, parent in _parents():
+        group = _Group(parent / name, version)
         try:
             if version == 2 and "memory" not in (parent / "cgroup.subtree_control").read_text().split():
                 (parent / "cgroup.subtree_control").write_text("+memory")
-            path = parent / name
-            path.mkdir()
-        except OSError as e:
-            tried.append(f"{parent}: {e.strerror}")
+            group.path.mkdir()
+        except OSError:
             continue
-        return _Group(path, version)
-    pytest.skip(f"no memory cgroup can be made ({'; '.join(tried) or 'there are none here'})")
+        try:
+            group.limit(_ANY)
+        except OSError:
+            _remove(group.path)
+            continue
+        return group
+    return None
 
 
 def _parents() -> Iterator[tuple[int, Path]]:

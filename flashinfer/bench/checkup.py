@@ -15,8 +15,9 @@ from typing import Literal
 import psutil
 
 from flashinfer import __distribution__, __version__, machine
+from flashinfer.backend import has_native
 from flashinfer.bench.known import cache_file, disk_key, load_known
-from flashinfer.bench.place import UNKNOWN, Kind, Place, place_of
+from flashinfer.bench.place import KINDS, UNKNOWN, Place, place_of
 from flashinfer.config import IoConfig
 from flashinfer.errors import FlashInferError
 from flashinfer.io import uring
@@ -32,14 +33,6 @@ FEATURES = {
     "neon": ("neon", "asimd"),
 }
 """Our names of processor features, and those the kernel uses."""
-KINDS: dict[Kind, tuple[str, str]] = {
-    "ssd": ("solid state", ""),
-    "rotational": ("a rotating disk", "random reads will be slow: move the store to a solid-state disk"),
-    "virtual": ("a virtual disk", ""),
-    "network": ("a network filesystem", "reads cross the network, at its speed: copy the store to a local disk"),
-    "memory": ("a filesystem in memory", "the store itself takes memory, outside any cap: keep it on a disk"),
-    "unknown": ("a device the system does not describe", ""),
-}
 PACKAGES = ("torch", "numpy", "msgspec", "sentencepiece", "tokenizers", "typer", "rich", "xxhash", "zstandard")
 
 
@@ -115,6 +108,7 @@ def _place(path: Path) -> Iterator[Check]:
         yield _store(path)
     yield _direct(file)
     yield _reader(file)
+    yield _arithmetic()
     yield _curve(place)
 
 
@@ -146,6 +140,16 @@ def _direct(file: Path | None) -> Check:
         return check("direct reads", describe([opened]), advice)
     finally:
         opened.close()
+
+
+def _arithmetic() -> Check:
+    """What computes, and why not the native core where it does not."""
+    try:
+        from flashinfer.native import _kernels
+    except ImportError as e:
+        why = "it was not built" if not has_native() else f"it cannot be loaded: {e}"
+        return check("arithmetic", f"torch; not the native core: {why}", "install again where there is a C++ compiler")
+    return check("arithmetic", f"the native core, with {_kernels.available()[0]} instructions")
 
 
 def _reader(file: Path | None) -> Check:

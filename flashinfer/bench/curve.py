@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
-from flashinfer.bench.io import Combination, Result, fit_curve, measure
+from flashinfer.bench.io import BATCH, Combination, Result, fit_curve, measure
 from flashinfer.bench.known import KnownDisk
 from flashinfer.config import DiskCurve, IoConfig
 from flashinfer.units import KIB, MIB
@@ -20,21 +20,27 @@ ROUNDS = 2
 
 
 def measure_curve(
-    file: Path, *, seconds: float = SECONDS, progress: Callable[[str], None] = lambda _: None
+    file: Path,
+    *,
+    seconds: float = SECONDS,
+    room: int | None = None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> KnownDisk | None:
     """The curve of the disk under this file, with as many reads in flight as the runtime has, and alone.
 
-    None where the file is too small to tell, or the disk's figures follow no such curve.
+    It takes at most `room` bytes of memory (default: 128 MiB), which leaves out the largest chunks where it is small.
+    None where the file or the room is too small to tell, or the disk's figures follow no such curve.
 
     Raises:
         StoreError, StoreReadError: the file cannot be read.
     """
     size, depth = file.stat().st_size, IoConfig().in_flight
-    chunks = [chunk for chunk in CHUNKS if 2 * chunk <= size]
+    batch = depth * max(CHUNKS) if room is None else room // 2
+    chunks = [chunk for chunk in CHUNKS if 2 * chunk <= size and depth * chunk <= batch]
     if len(chunks) < 2:
         return None
     combinations = [Combination("random", chunk, threads) for chunk in chunks for threads in (1, depth)]
-    measured = measure(file, combinations, seconds=seconds, rounds=ROUNDS, progress=progress)
+    measured = measure(file, combinations, seconds=seconds, rounds=ROUNDS, batch=min(batch, BATCH), progress=progress)
     curve = curve_of(measured.results, depth)
     when = datetime.now(UTC).isoformat(timespec="seconds")
     return None if curve is None else KnownDisk(curve, size, when, measured.note)

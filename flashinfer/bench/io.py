@@ -34,7 +34,8 @@ CHUNKS = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, 1 * MIB)
 THREADS = (1, 8, 16, 32)
 READERS: tuple[ReaderName, ...] = get_args(ReaderName)
 ROUNDS = 5
-_BATCH = 8 * MIB
+BATCH = 8 * MIB
+"""Bytes submitted at once, where that many reads in flight are not more."""
 _MOST_READS = 512
 
 
@@ -159,9 +160,11 @@ def measure(
     seconds: float,
     rounds: int = ROUNDS,
     direct: bool = True,
+    batch: int = BATCH,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Measurement:
-    """Measure every combination for about `seconds` each, in `rounds` interleaved rounds.
+    """Measure every combination for about `seconds` each, in `rounds` interleaved rounds; two batches of `batch`
+    bytes (or of as many reads as are to be in flight, where these are more) are in memory.
 
     Raises:
         ValueError: the file is smaller than the largest chunk, or a chunk is no multiple of the disk's unit.
@@ -183,14 +186,14 @@ def measure(
                 config = IoConfig(reader=c.reader, depth=c.threads, threads=c.threads)
                 reader = readers[c.reader, c.threads] = open_reader([path], config, direct=direct)
                 stack.callback(reader.close)
-        buffer = stack.enter_context(AlignedBuffer(2 * max(_reads_in_batch(c) * c.chunk for c in combinations)))
+        buffer = stack.enter_context(AlignedBuffer(2 * max(_reads_in_batch(c, batch) * c.chunk for c in combinations)))
         buffer.array.fill(1)  # touched, so that no page fault is timed
         before = machine.device_bytes_read()
         for i in range(rounds):
             for c in combinations:
                 progress(f"round {i + 1} of {rounds}: {c.pattern} {format_size(c.chunk)}, {c.threads} in flight")
                 reader = readers[c.reader, c.threads]
-                slices[c].append(_measure_slice(reader, c, size, seconds / rounds, buffer, rng))
+                slices[c].append(_measure_slice(reader, c, size, seconds / rounds, buffer, rng, batch))
         after = machine.device_bytes_read()
     asked = sum(s.bytes for parts in slices.values() for s in parts)
     return Measurement(
@@ -210,14 +213,14 @@ def _how(path: Path, *, direct: bool) -> str:
         file.close()
 
 
-def _reads_in_batch(c: Combination) -> int:
+def _reads_in_batch(c: Combination, batch: int) -> int:
     """Reads per batch; two batches are under way, so that `threads` reads are in flight also between them."""
-    return max(c.threads, min(_MOST_READS, _BATCH // c.chunk))
+    return max(c.threads, min(_MOST_READS, batch // c.chunk))
 
 
-def _batches(c: Combination, file_bytes: int, rng: np.random.Generator) -> Iterator[Extents]:
+def _batches(c: Combination, file_bytes: int, rng: np.random.Generator, batch: int) -> Iterator[Extents]:
     """Endless batches: sorted random chunks, as a plan asks for them, or the next ones in order."""
-    count, there = _reads_in_batch(c), file_bytes // c.chunk
+    count, there = _reads_in_batch(c, batch), file_bytes // c.chunk
     lengths = np.full(count, c.chunk, dtype=np.int64)
     targets = np.arange(count, dtype=np.int64) * c.chunk
     start = int(rng.integers(there))
@@ -237,11 +240,12 @@ def _measure_slice(
     seconds: float,
     buffer: AlignedBuffer,
     rng: np.random.Generator,
+    batch: int,
 ) -> Slice:
     """Keep two batches in flight until the time is up; at least three batches."""
-    half = _reads_in_batch(c) * c.chunk
+    half = _reads_in_batch(c, batch) * c.chunk
     halves = cycle([buffer.array[:half], buffer.array[half : 2 * half]])
-    batches = _batches(c, file_bytes, rng)
+    batches = _batches(c, file_bytes, rng, batch)
     reads, count = reader.stats.reads, reader.stats.bytes
     cpu, started = time.process_time(), time.perf_counter()
     pending = [reader.submit(0, next(batches), next(halves)) for _ in range(2)]

@@ -21,6 +21,16 @@ IN_MEMORY = frozenset({"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"})
 
 Kind = Literal["rotational", "ssd", "virtual", "network", "memory", "unknown"]
 
+KINDS: dict[Kind, tuple[str, str]] = {
+    "ssd": ("solid state", ""),
+    "rotational": ("a rotating disk", "random reads will be slow: move the store to a solid-state disk"),
+    "virtual": ("a virtual disk", ""),
+    "network": ("a network filesystem", "reads cross the network, at its speed: copy the store to a local disk"),
+    "memory": ("a filesystem in memory", "the store itself takes memory, outside any cap: keep it on a disk"),
+    "unknown": ("a device the system does not describe", ""),
+}
+"""What each is called, and what to do about a store that lies there."""
+
 
 @dataclass(frozen=True)
 class Place:

@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from flashinfer import machine
 from flashinfer.backend import has_native, open_backend
 from flashinfer.bench.curve import measure_curve
 from flashinfer.bench.known import KnownDisk, load_known, remember
 from flashinfer.bench.place import Place, place_of
-from flashinfer.bench.rates import main_codec, measure_rates, rates_key
+from flashinfer.bench.rates import BUFFER, ENOUGH, main_codec, measure_rates, rates_key
 from flashinfer.config import Cap, DiskCurve, Rates, RunConfig
 from flashinfer.errors import CapTooSmallError, StoreError
 from flashinfer.io import open_reader
@@ -130,12 +131,14 @@ def promise(
         request = request_for(m, reader, backend, cap, context=context, run=run)
         plan = resolve_cap(m, request, asked=cap != Cap())
         direct = reader.note
-        disk, place = _disk_of(files[1], remeasure, seconds, progress)
+        disk, place = _disk_of(files[1], remeasure, seconds, _room(plan), progress)
         rates = None if remeasure else load_known().rates.get(_rates_key(m, run))
         if rates is None:
             progress("measuring memory and arithmetic")
-            rates = measure_rates(backend, _codec(m), hidden=m.facts.hidden_size, gated=m.facts.gated)
-            remember(rates=(_rates_key(m, run), rates))
+            buffer = max(1, min(BUFFER, _room(plan)))
+            rates = measure_rates(backend, _codec(m), hidden=m.facts.hidden_size, gated=m.facts.gated, buffer=buffer)
+            if buffer >= ENOUGH:
+                remember(rates=(_rates_key(m, run), rates))
     finally:
         reader.close()
         backend.close()
@@ -146,13 +149,21 @@ def promise(
     return Promise(place, basis, asked, others, direct)
 
 
+def _room(plan: Plan) -> int:
+    """Bytes a measurement may take: half of what this process may still grow by, under the cap it asks about."""
+    most = machine.usable_memory()
+    if plan.cap_kind == "memory":
+        most = min(most, plan.cap)
+    return max(0, most - machine.resident_bytes()) // 2
+
+
 def _disk_of(
-    file: Path, remeasure: bool, seconds: float, progress: Callable[[str], None]
+    file: Path, remeasure: bool, seconds: float, room: int, progress: Callable[[str], None]
 ) -> tuple[KnownDisk | None, Place]:
     place = place_of(file)
     disk = None if remeasure else load_known().disk(place, file.stat().st_size)
     if disk is None:
-        disk = measure_curve(file, seconds=seconds, progress=progress)
+        disk = measure_curve(file, seconds=seconds, room=room, progress=progress)
         if disk is not None:
             remember(disk=(place, disk))
     return disk, place

@@ -18,6 +18,8 @@ from flashinfer.units import KIB, MIB
 
 BUFFER = 96 * MIB
 """Larger than the last cache of most processors; less where memory is short."""
+ENOUGH = 32 * MIB
+"""What was measured on a smaller buffer may be the speed of a cache: it is not remembered."""
 REPEATS = 3
 
 

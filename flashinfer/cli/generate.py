@@ -141,7 +141,7 @@ def command(
         predicted = model.predict(basis.disk, basis.rates, prompt_tokens=len(result.prompt_tokens))
         if as_json:
             print(json.dumps(_report(model, result, predicted, basis), ensure_ascii=False))
-        print(summary(model, result, predicted, basis), file=sys.stderr)
+        print(summary(model, result, predicted, basis) + _place_note(store), file=sys.stderr)
         model.check_cap()
 
 
@@ -174,6 +174,7 @@ def read_prompt(prompt: str | None, file: Path | None, *, optional: bool = False
 
 def summary(model: TextModel, result: Generation, predicted: Prediction, basis: Basis) -> str:
     """One line: speed and bytes read per token, actual and predicted, hit rate and peak memory of a run."""
+    from flashinfer.backend import has_native
     from flashinfer.machine import peak_resident_bytes
 
     t, decode = result.timings, model.ledger.decode
@@ -187,7 +188,8 @@ def summary(model: TextModel, result: Generation, predicted: Prediction, basis: 
         f"hit rate {decode.hit_rate:.1%}",
         f"peak memory {format_size(peak_resident_bytes())}",
     ]
-    return f"{', '.join(parts)}; {_foundation(predicted, basis)}"
+    slower = "" if has_native() else "; computed by torch: the native core, which is faster, was not built"
+    return f"{', '.join(parts)}; {_foundation(predicted, basis)}{slower}"
 
 
 def _foundation(predicted: Prediction, basis: Basis) -> str:
@@ -206,6 +208,17 @@ def _basis(store: Path, run: RunConfig) -> Basis:
         return known_basis(open_store(store), run)
     except (FlashInferError, OSError):  # it was there a moment ago: no reason to lose what was generated
         return DEFAULT_BASIS
+
+
+def _place_note(store: Path) -> str:
+    """What is to be known of the place the store lies in, if anything is."""
+    from flashinfer.bench.place import KINDS, place_of
+
+    try:
+        what, advice = KINDS[place_of(store).kind]
+    except OSError:
+        return ""
+    return f"; the store lies on {what}: {advice}" if advice else ""
 
 
 def _check_options(sampling: dict[str, Any], stops: list[str]) -> None:
@@ -227,7 +240,7 @@ def _print_pieces(stream: Stream) -> Generation:
     for piece in stream:
         sys.stdout.write(piece)
         sys.stdout.flush()
-    print()
+    print(flush=True)
     return stream.result
 
 

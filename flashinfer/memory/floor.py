@@ -15,13 +15,9 @@ from flashinfer.memory.plan import Mode, Plan, Request
 from flashinfer.speed import multiplied
 from flashinfer.store import Facts, Manifest
 from flashinfer.store.geometry import round_up
-from flashinfer.units import MIB
 
 KV_BYTES = {"f32": 4, "f16": 2}
 """Of one value."""
-LIBRARY_GROWTH = 32 * MIB
-"""Allowance for what libraries allocate after the baseline was measured: stacks, pools, tokenizer tables. Growth
-beyond the other parts was at most 12 MiB in 13 runs with 1 to 8 threads."""
 
 
 def all_matrices(m: Manifest) -> frozenset[str]:
@@ -59,7 +55,7 @@ def least_plan(m: Manifest, r: Request, *, streams: bool) -> Plan:
         weight_slots=0,
         weight_staging=2 * (neuron_staging + piece),
         weight_scratch=r.threads * per_thread + COPY_RECORDS * record + lookup + round_up(bundle, FILE_ALIGNMENT),
-        baseline=r.baseline + LIBRARY_GROWTH,
+        baseline=r.baseline + r.footprint.growth,
         kv_cache=2
         * KV_BYTES[r.run.kv_type]
         * f.num_kv_heads

@@ -88,24 +88,33 @@ def _starts(m: Manifest, r: Request) -> list[tuple[Plan, frozenset[str]]]:
     starts = []
     for streams in (True,) if r.mode == "naive" else (False, True):
         least, must = least_plan(m, r, streams=streams), frozenset() if streams else all_matrices(m)
-        if streams:
-            least = _with_ring(least, r)
-        half = r.run.staging // FILE_ALIGNMENT * FILE_ALIGNMENT
-        while half > least.neuron_staging > 0:
-            staging = least.weight_staging + 2 * (half - least.neuron_staging)
-            starts.append((replace(least, neuron_staging=half, weight_staging=staging), must))
-            half = half // 2 // FILE_ALIGNMENT * FILE_ALIGNMENT
-        starts.append((least, must))
+        for plan in _with_rings(least, r) if streams else [least]:
+            for half in _halvings(r.run.staging, plan.neuron_staging):
+                staging = plan.weight_staging + 2 * (half - plan.neuron_staging)
+                starts.append((replace(plan, neuron_staging=half, weight_staging=staging), must))
     return starts
 
 
-def _with_ring(least: Plan, r: Request) -> Plan:
-    """A share of what the cap leaves goes to reading ahead, so that the disk works on while layers are computed."""
+def _halvings(largest: int, least: int) -> list[int]:
+    """Sizes of a buffer to choose from, falling: the same at every cap."""
+    sizes = []
+    while largest > least > 0:
+        sizes.append(largest // FILE_ALIGNMENT * FILE_ALIGNMENT)
+        largest //= 2
+    return [*(size for size in sizes if size > least), least]
+
+
+def _with_rings(least: Plan, r: Request) -> list[Plan]:
+    """A share of what the cap leaves goes to reading ahead, so that the disk works on while layers are computed; in
+    pieces of any size of which the ring holds some."""
     free = max(0, least.cap - least.total)
     ring = min(max(r.run.ring, least.ring), least.ring + free // RING_SHARE) // FILE_ALIGNMENT * FILE_ALIGNMENT
     ring = max(ring, least.ring)
-    piece = max(least.piece, min(r.run.staging, ring // RING_PIECES) // FILE_ALIGNMENT * FILE_ALIGNMENT)
-    return replace(least, ring=ring, piece=piece, weight_staging=least.weight_staging + ring - least.ring)
+    staging = least.weight_staging + ring - least.ring
+    edges = 2 * FILE_ALIGNMENT  # what reading a whole number of row tiles is widened by at most
+    sizes = [size for size in _halvings(r.run.staging, least.piece)[:-1] if RING_PIECES * size <= ring]
+    pieces = [*(size + edges for size in sizes), least.piece]
+    return [replace(least, ring=ring, piece=piece, weight_staging=staging) for piece in pieces]
 
 
 def _advice(least: Plan) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+import numpy as np
 
 from flashinfer.io import Extents
 from flashinfer.model.arena import Bytes
@@ -61,22 +64,27 @@ class Stream:
             StoreReadError: it could not be read.
         """
         self._held = None
-        if not self._ahead or self._pieces[self._ahead[0].index].key != key:
-            self._restart(key)
-        self._fill()
-        place = self._ahead.popleft()
-        try:
+        with self._forgetting():
+            if not self._ahead or self._pieces[self._ahead[0].index].key != key:
+                self._restart(key)
+            self._fill()
+            place = self._ahead[0]
             self._pieces[place.index].reads.wait(place.reading)
-        except BaseException:
-            self._ahead.clear()  # what is still under way is awaited before its place is used again
-            raise
-        self._held = place
+            self._held = self._ahead.popleft()
         return place.start
 
     def release(self) -> None:
         """The piece that was taken last is not needed any more: its place is read into."""
-        self._held = None
-        self._fill()
+        held, self._held = self._held, None
+        with self._forgetting():
+            if held is not None and not self._ahead:  # there was no room beside it
+                self._submit(self._after(held.index), 0)
+            self._fill()
+
+    def close(self) -> None:
+        """Let everything end, and let go of the ring."""
+        self.settle()
+        self._ring = np.empty(0, dtype=np.uint8)
 
     def settle(self) -> None:
         """Let everything under way end, and forget it."""
@@ -84,6 +92,15 @@ class Stream:
         self._ahead.clear()
         for reads in {id(piece.reads): piece.reads for piece in self._pieces}.values():
             reads.settle()
+
+    @contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        """Where this fails or is interrupted, forget what is ahead: the next `take` awaits what is still under way."""
+        try:
+            yield
+        except BaseException:
+            self._ahead.clear()
+            raise
 
     def _restart(self, key: Key) -> None:
         """Another piece than the next one is wanted: the first of all, or a step was abandoned."""

@@ -95,7 +95,7 @@ class StreamedWeights:
 
     def close(self) -> None:
         """Drop all weights. Nothing is in flight afterwards."""
-        self._stream.settle()
+        self._stream.close()
         self._dense.close()
         self._neurons.close()
         self._arena.close()

@@ -73,11 +73,11 @@ def test_a_broken_cap_is_an_error_after_all_output(loaded: Loaded, capsys: pytes
 
 def test_options_reach_load(loaded: Loaded) -> None:
     options = ["--memory", "1GiB", "--window", "9", "--io-objective", "bytes", "--threads", "2"]
-    options += ["--context", "32", "--device", "cuda"]
+    options += ["--context", "32", "--device", "cuda", "--backend", "torch", "--kv-type", "f16"]
     assert cli.main(["generate", "a.flash", "-p", "abc", *options]) == 0
     assert loaded.arguments == {
         "store": Path("a.flash"), "memory": 1 << 30, "weight_memory": None, "window": 9, "io_objective": "bytes",
-        "threads": 2, "context": 32, "device": "cuda", "trace": None,
+        "threads": 2, "context": 32, "device": "cuda", "backend": "torch", "kv_type": "f16", "trace": None,
     }  # fmt: skip
 
 
@@ -146,6 +146,8 @@ def test_prompts_that_cannot_be_used(
         ["--memory", "1GiB", "--weight-memory", "1GiB"],
         ["--device", "tpu"],
         ["--io-objective", "luck"],
+        ["--backend", "abacus"],
+        ["--kv-type", "f8"],
         ["--session", "a", "--trace", "a"],
     ],
 )

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from flashinfer import engine, pack
-from flashinfer.backend import torch_backend
-from flashinfer.config import COPY_RECORDS, CacheConfig, Cap, IoConfig, RunConfig
+from flashinfer.backend import has_native, torch_backend
+from flashinfer.config import COPY_RECORDS, BackendName, CacheConfig, Cap, IoConfig, RunConfig
 from flashinfer.engine import Model
 from flashinfer.errors import CapTooSmallError
 from flashinfer.io import AlignedBuffer
-from flashinfer.model import dense, neurons
+from flashinfer.model import arena, dense
 from flashinfer.store.geometry import round_up
 from tests.checkpoints import make_llama, make_opt
 from tests.engine.strict_reader import StrictReader
@@ -32,6 +32,7 @@ from tests.twin import Twin
 
 PROMPT = [int(t) for t in np.random.default_rng(11).integers(3, 96, 37)]
 DECODED = [int(t) for t in np.random.default_rng(12).integers(3, 96, 9)]
+BACKENDS: list[BackendName] = ["torch", *(["native"] if has_native() else [])]
 NEURONS = 149
 LLAMA = {"intermediate_size": NEURONS, "vocab_size": 257, "num_hidden_layers": 2, "max_position_embeddings": 192}
 OPT = {"ffn_dim": NEURONS, "vocab_size": 257, "num_hidden_layers": 2, "max_position_embeddings": 192}
@@ -85,9 +86,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[StrictReader
 
 
 @cache
-def twin_logits(checkpoint: Path, store: Path) -> tuple[npt.NDArray[np.float32], ...]:
+def twin_logits(checkpoint: Path, store: Path, backend: BackendName = "auto") -> tuple[npt.NDArray[np.float32], ...]:
     with Model.open(store) as model:
-        twin = Twin(checkpoint, model.facts, context=192)
+        twin = Twin(checkpoint, model.facts, context=192, backend=backend)
     return twin.logits(PROMPT), *(twin.logits([t])[0] for t in DECODED)
 
 
@@ -117,13 +118,15 @@ def assert_exact(model: Model, expected: tuple[npt.NDArray[np.float32], ...]) ->
     threads=st.integers(1, 3),
     chunk=st.integers(1, 40),
     context=st.sampled_from([46, 47, 129, 192]),
+    backend=st.sampled_from(BACKENDS),
+    ring=st.sampled_from([0, 30_000, 1 << 20]),
 )
 def test_odd_sizes_bit_for_bit(
     made, device, monkeypatch, name, packing, alignment, max_extent, above, window, retention, objective, threads,
-    chunk, context,
+    chunk, context, backend, ring,
 ) -> None:  # fmt: skip
     checkpoint, stores = made[name]
-    expected = twin_logits(checkpoint, stores[0])
+    expected = twin_logits(checkpoint, stores[0], backend)
     monkeypatch.setattr(torch_backend, "PARALLEL_WORK", 0)
     device(alignment)
     run = RunConfig(
@@ -132,6 +135,8 @@ def test_odd_sizes_bit_for_bit(
         threads=threads,
         prefill_chunk=chunk,
         staging=0,
+        ring=ring,
+        backend=backend,
     )
     cap = Cap(weight_memory=floor_of(stores[packing], run, context=context) + above)
     with Model.open(stores[packing], cap, context=context, run=run) as model:
@@ -144,15 +149,16 @@ def test_odd_sizes_bit_for_bit(
 @pytest.mark.parametrize("alignment", [512, 4096])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("name", sorted(CHECKPOINTS))
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_buffer_that_holds_weights_is_in_the_plan(
-    made, device, monkeypatch, name: str, threads: int, alignment: int
+    made, device, monkeypatch, backend: BackendName, name: str, threads: int, alignment: int
 ) -> None:
     monkeypatch.setattr(torch_backend, "PARALLEL_WORK", 0)
     device(alignment)
     store = made[name][1][1]
-    run = RunConfig(threads=threads, staging=0)
+    run = RunConfig(threads=threads, staging=0, backend=backend)
     for above in (0, 100_000, 10**8):
-        buffers, scratch = track_buffers(monkeypatch), track_scratch(monkeypatch)
+        buffers, scratch = track_buffers(monkeypatch), track_scratch(monkeypatch)  # native: none is ever made
         cap = Cap(weight_memory=floor_of(store, run, context=64) + above)
         with Model.open(store, cap, context=64, run=run) as model:
             session = model.session()
@@ -187,7 +193,7 @@ def track_buffers(monkeypatch: pytest.MonkeyPatch) -> Buffers:
             buffers.add(nbytes)
             weakref.finalize(self.array.base, buffers.add, -nbytes // 4096 * 4096)
 
-    for module in (dense, neurons):
+    for module in (dense, arena):
         monkeypatch.setattr(module, "AlignedBuffer", Tracked)
     return buffers
 

@@ -123,12 +123,13 @@ def test_naive_agrees(made) -> None:
         assert read >= model.store.manifest.weight_bytes() - table - 20_000  # vectors and rows aside
 
 
-def test_twin_in_two_threads_is_the_twin(made, monkeypatch) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_twin_in_two_threads_is_the_twin(made, monkeypatch, backend: BackendName) -> None:
     monkeypatch.setattr(torch_backend, "PARALLEL_WORK", 0)
     m = made["llama", "float16"]
     with Model.open(m.stores[0, 1]) as model:
-        twin = Twin(m.checkpoint, model.facts, threads=2, context=CONTEXT)
-    assert np.array_equal(twin.logits(PROMPT), twin_logits(m.checkpoint, m.stores[0, 1])[0])
+        twin = Twin(m.checkpoint, model.facts, threads=2, context=CONTEXT, backend=backend)
+    assert np.array_equal(twin.logits(PROMPT), twin_logits(m.checkpoint, m.stores[0, 1], backend, "f32")[0])
 
 
 def test_a_long_context_crosses_key_tiles(made) -> None:

@@ -11,10 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
+from flashinfer.backend.footprint import NATIVE, TORCH
 from flashinfer.cache import WindowCache
 from flashinfer.config import Cap, IoConfig, RunConfig
 from flashinfer.errors import CapTooSmallError
 from flashinfer.memory import Plan, Request, resolve
+from flashinfer.speed import multiplied
 from flashinfer.store import open_store
 
 BASE = Request(context=64, threads=1, alignment=512, baseline=50_000_000, run=RunConfig(), cap=Cap(weight_memory=1))
@@ -29,6 +31,10 @@ def floor_of(manifest, request: Request) -> int:
 
 def check(plan: Plan, manifest) -> None:
     assert plan.total <= plan.cap
+    assert plan.weight_staging == 2 * plan.neuron_staging + plan.ring
+    assert plan.ring == 0 or plan.ring >= 2 * plan.piece > 0
+    matrices = {name for name in multiplied(manifest) if name not in plan.resident}
+    assert plan.ring > 0 or not matrices
     assert all(0 <= s <= layer.records for s, layer in zip(plan.slots, manifest.layers, strict=True))
     assert (
         sum(s * layer.record_bytes for s, layer in zip(plan.slots, manifest.layers, strict=True)) <= plan.weight_slots
@@ -45,11 +51,19 @@ def check(plan: Plan, manifest) -> None:
     threads=st.integers(1, 4),
     objective=st.sampled_from(["time", "bytes"]),
     mode=st.sampled_from(["cached", "always-miss", "naive"]),
+    ring=st.sampled_from([0, 100_000, 32 << 20]),
+    staging=st.sampled_from([0, 100_000, 4 << 20]),
+    footprint=st.sampled_from([NATIVE, TORCH]),
+    kv_type=st.sampled_from(["f32", "f16"]),
 )
-def test_sums_to_at_most_the_cap(packed, variant, kind, above, alignment, threads, objective, mode) -> None:
+def test_sums_to_at_most_the_cap(
+    packed, variant, kind, above, alignment, threads, objective, mode, ring, staging, footprint, kv_type
+) -> None:
     manifest = open_store(packed(variant).store).manifest
-    run = RunConfig(io=IoConfig(objective=objective))
-    request = replace(BASE, alignment=alignment, threads=threads, run=run, mode=mode, cap=Cap(**{kind: 1}))
+    run = RunConfig(io=IoConfig(objective=objective), ring=ring, staging=staging, kv_type=kv_type)
+    request = replace(
+        BASE, alignment=alignment, threads=threads, run=run, mode=mode, footprint=footprint, cap=Cap(**{kind: 1})
+    )
     floor = floor_of(manifest, request)
     check(resolve(manifest, replace(request, cap=Cap(**{kind: floor + above}))), manifest)
     with pytest.raises(CapTooSmallError, match=f"{floor} bytes"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,12 @@ from flashinfer.config import Cap, IoConfig, RunConfig
 from flashinfer.engine import Model
 from flashinfer.errors import CapTooSmallError
 from flashinfer.io import Extents, MemoryReader
+from flashinfer.model.stream import Key, Piece
+from flashinfer.speed import TABLES
 from tests.checkpoints import make_llama, make_opt
 
+Read = tuple[int, int, int]
+"""File, first byte, byte after the last."""
 CHUNK, CHUNKS = 40, 3
 PROMPT = [int(t) for t in np.random.default_rng(2).integers(3, 90, CHUNK * CHUNKS)]
 WIDE = {"hidden_size": 512, "head_dim": 16, "num_hidden_layers": 2, "max_position_embeddings": 256}
@@ -29,11 +34,11 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 class Recorder(MemoryReader):
-    """Remembers what was read: file, first byte, byte after the last."""
+    """Remembers what was read."""
 
     def __init__(self, paths: list[Path]) -> None:
         super().__init__([path.read_bytes() for path in paths])
-        self.read: list[tuple[int, int, int]] = []
+        self.read: list[Read] = []
 
     def submit(self, file: int, extents: Extents, target: Any) -> Any:
         ends = extents.offsets + extents.lengths
@@ -73,35 +78,62 @@ def open_at(store: Path, share: float, objective: Any, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6])
 @pytest.mark.parametrize("name", SHAPES)
 def test_once_per_chunk(stores, monkeypatch, name: str, share: float, objective: str) -> None:
+    """What is streamed is used once per chunk, the head once per prompt, and read as often as it is used; beyond that
+    only what the next token starts with, as much of it as the ring holds. Nothing else is read but rows and misses."""
     model, reader = open_at(stores[name], share, objective, monkeypatch)
     with model:
-        tensors = model.store.manifest.tensors
-        streamed = {r for r, t in tensors.items() if len(t.shape) == 2} - model.plan.resident
-        forward, starts = model._decoder.forward, []
+        tensors, stream = model.store.manifest.tensors, model._weights._stream
+        forward, take = model._decoder.forward, stream.take
+        starts: list[int] = []
+        taken: list[list[Key]] = []
 
         def noted(*arguments: Any) -> Any:
             starts.append(len(reader.read))
+            taken.append([])
             return forward(*arguments)
 
+        def noted_take(key: Key) -> int:
+            taken[-1].append(key)
+            return take(key)
+
         monkeypatch.setattr(model._decoder, "forward", noted)
+        monkeypatch.setattr(stream, "take", noted_take)
         reader.read.clear()
         model.step(model.session(), PROMPT)
         account, size = model.ledger.prefill, model.store.manifest.weight_bytes()
-        assert account.bytes_read <= CHUNKS * size + 2 * reader.alignment * account.reads
+        assert account.bytes_read <= CHUNKS * size + model.plan.ring + 2 * reader.alignment * account.reads
         assert len(starts) == CHUNKS
+        layers = [piece.key for piece in stream._pieces if not piece.logits]
+        head = [piece.key for piece in stream._pieces if piece.logits]
+        assert taken == [*[layers] * (CHUNKS - 1), layers + head]
+        ahead = [stream._pieces[place.index] for place in stream._ahead]
+        assert [piece.key for piece in ahead] == [piece.key for piece in stream._pieces[: len(ahead)]]
+        assert sum(piece.extents.total for piece in ahead) <= model.plan.ring
+        streamed: Counter[Read] = Counter()
+        by_key = {piece.key: piece for piece in stream._pieces}
+        for piece in [*(by_key[key] for keys in taken for key in keys), *ahead]:
+            streamed.update(reads_of(piece))
+        assert not streamed - Counter(reader.read)
         for begin, end in pairwise([*starts, len(reader.read)]):
-            assert times_read(reader, 1, reader.read[begin:end]).max(initial=0) <= 1
-        times = times_read(reader, 0, reader.read)
-        prefetched = min((tensors[r].offset for r in streamed if r.startswith(("layers.", "project_in"))), default=-1)
-        for role, t in tensors.items():
-            most = 1 if role in ("head.weight", "project_out.weight") else CHUNKS
-            if t.offset == prefetched or (role == "embed.weight" and "head.weight" not in tensors):
-                most += 1  # what the next step starts with; the head
-            here = times[t.offset // reader.alignment : (t.offset + t.bytes) // reader.alignment]
-            assert here.max(initial=0) <= most, role
+            missed = [read for read in reader.read[begin:end] if read not in streamed]
+            assert times_read(reader, 1, missed).max(initial=0) <= 1
+            assert times_read(reader, 0, missed).max(initial=0) <= 1
+        others = list((Counter(reader.read) - streamed).elements())
+        assert all(read not in streamed for read in others)
+        tables = [t for role, t in tensors.items() if role in TABLES and role not in model.plan.resident]
+        assert model.facts.sparse or all(file == 0 for file, _, _ in others)
+        for start, end in (read[1:] for read in others if read[0] == 0):
+            assert any(
+                t.offset - reader.alignment < start and end < t.offset + t.bytes + reader.alignment for t in tables
+            )
 
 
-def times_read(reader: Recorder, file: int, reads: list[tuple[int, int, int]]) -> np.ndarray:
+def reads_of(piece: Piece) -> list[Read]:
+    offsets, lengths = piece.extents.offsets.tolist(), piece.extents.lengths.tolist()
+    return [(piece.reads._file, a, a + n) for a, n in zip(offsets, lengths, strict=True)]
+
+
+def times_read(reader: Recorder, file: int, reads: list[Read]) -> np.ndarray:
     """How often each unit of the file was read, not counting the ends of reads, where widened neighbours meet."""
     unit = reader.alignment
     times = np.zeros(len(reader.blobs[file]) // unit + 1, dtype=int)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from flashinfer import pack
-from flashinfer.config import Cap, DiskCurve, IoConfig, Rates, RunConfig
+from flashinfer.backend.footprint import NATIVE, TORCH, Footprint
+from flashinfer.config import Cap, DiskCurve, IoConfig, KvType, Rates, RunConfig
 from flashinfer.engine import Model
 from flashinfer.errors import CapTooSmallError
 from flashinfer.memory import Mode, Plan, Request, resolve
@@ -180,11 +181,19 @@ RATES = [Rates(), Rates(linear=1.5e9, bundle=1e9), Rates(linear=80e9, bundle=60e
     alignment=st.sampled_from([512, 4096]),
     share=st.floats(0.0, 1.2),
     more=st.one_of(st.integers(0, 20_000), st.floats(0.0, 0.3)),
+    ring=st.sampled_from([0, 1 << 20, RunConfig().ring, 512 << 20]),
+    footprint=st.sampled_from([NATIVE, TORCH]),
+    kv_type=st.sampled_from(["f32", "f16"]),
 )
-def test_more_memory_is_never_predicted_slower(name, kind, curve, rates, mode, alignment, share, more) -> None:
+def test_more_memory_is_never_predicted_slower(
+    name: str, kind: str, curve: DiskCurve, rates: Rates, mode: Mode, alignment: int, share: float, more: int | float,
+    ring: int, footprint: Footprint, kv_type: KvType,
+) -> None:  # fmt: skip
     manifest = MANIFESTS[name]()
-    run = RunConfig(io=IoConfig(disk=curve), rates=rates)
-    request = replace(BASE, run=run, mode=mode, alignment=alignment, context=256, cap=Cap(**{kind: 1}))
+    run = RunConfig(io=IoConfig(disk=curve), rates=rates, ring=ring, kv_type=kv_type)
+    request = replace(
+        BASE, run=run, mode=mode, alignment=alignment, context=256, footprint=footprint, cap=Cap(**{kind: 1})
+    )
     cap = floor_of(manifest, request) + int(share * manifest.weight_bytes())
     caps = [cap, cap + (more if isinstance(more, int) else int(more * manifest.weight_bytes()))]
     plans = [resolve(manifest, replace(request, cap=Cap(**{kind: c}))) for c in caps]
