@@ -109,9 +109,9 @@ class Stream:
 
     def _fill(self) -> None:
         """Read on until the ring is full, or holds one round."""
-        while self._ahead and len(self._ahead) + (self._held is not None) < len(self._pieces):
+        while self._ahead and len(self._ahead) < len(self._pieces):
             index = self._after(self._ahead[-1].index)
-            if index == (self._held or self._ahead[0]).index:
+            if index == self._ahead[0].index:
                 return
             start = self._room(self._pieces[index].extents.total)
             if start is None:
@@ -120,13 +120,15 @@ class Stream:
 
     def _after(self, index: int) -> int:
         """The piece that is used after that one; itself, where there is no other."""
-        later = (*range(index + 1, len(self._pieces)), *range(index))
-        return next((i for i in later if self._head_follows or not self._pieces[i].logits), index)
+        count = len(self._pieces)
+        for i in range(index + 1, index + count):
+            if self._head_follows or not self._pieces[i % count].logits:
+                return i % count
+        return index
 
     def _room(self, size: int) -> int | None:
         """Where so many bytes are free, behind what is under way."""
-        oldest = self._held or self._ahead[0]
-        newest = self._ahead[-1]
+        oldest, newest = self._ahead[0], self._ahead[-1]
         end = newest.start + newest.size
         if newest.start < oldest.start:
             return end if end + size <= oldest.start else None

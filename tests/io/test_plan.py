@@ -88,7 +88,7 @@ def read(extents: Extents, file_bytes: int, alignment: int) -> bytes:
         return buffer.array.tobytes()
 
 
-@settings(deadline=None, derandomize=True)
+@settings(deadline=None)
 @given(knobs(), record_sets)
 def test_records_arrive_at_their_places(knob: Knobs, records: list[int]) -> None:
     plan = knob.plan(records)
@@ -100,7 +100,7 @@ def test_records_arrive_at_their_places(knob: Knobs, records: list[int]) -> None
         assert held[place : place + knob.record_bytes] == blob[start : start + knob.record_bytes]
 
 
-@settings(deadline=None, derandomize=True)
+@settings(deadline=None)
 @given(knobs(), record_sets)
 def test_exactly_the_needed_units_are_read_once(knob: Knobs, records: list[int]) -> None:
     """Nothing is read twice, no wider hole is read through, and with max_gap 0 the bytes are minimal."""
@@ -110,7 +110,7 @@ def test_exactly_the_needed_units_are_read_once(knob: Knobs, records: list[int])
     assert extents.targets.tolist() == (np.cumsum(extents.lengths) - extents.lengths).tolist()
 
 
-@settings(deadline=None, derandomize=True)
+@settings(deadline=None)
 @given(knobs(), record_sets)
 def test_no_two_extents_could_have_been_one(knob: Knobs, records: list[int]) -> None:
     extents = knob.plan(records).extents
@@ -119,7 +119,7 @@ def test_no_two_extents_could_have_been_one(knob: Knobs, records: list[int]) -> 
     assert (extents.lengths[:-1][near] == knob.max_extent).all()
 
 
-@settings(deadline=None, derandomize=True)
+@settings(deadline=None)
 @given(knobs(), record_sets)
 def test_worst_case_bytes_are_enough(knob: Knobs, records: list[int]) -> None:
     tight = Knobs(**{**knob.__dict__, "max_gap": 0}).plan(records).extents.total
@@ -129,7 +129,7 @@ def test_worst_case_bytes_are_enough(knob: Knobs, records: list[int]) -> None:
         assert tight == bound
 
 
-@settings(deadline=None, derandomize=True)
+@settings(deadline=None)
 @given(st.integers(0, 1000), st.integers(0, 1000), st.sampled_from([1, 16, 64]), st.integers(1, 20))
 def test_a_range_arrives_whole(start: int, length: int, alignment: int, pieces: int) -> None:
     plan = plan_range(start, length, alignment=alignment, max_extent=alignment * pieces)
@@ -139,7 +139,7 @@ def test_a_range_arrives_whole(start: int, length: int, alignment: int, pieces: 
     assert all(0 < piece <= alignment * pieces for piece in plan.extents.lengths.tolist())
 
 
-@settings(deadline=None, derandomize=True)
+@settings(deadline=None)
 @given(knobs(), st.lists(record_sets, max_size=8), st.integers(0, 100))
 def test_tiles_are_grouped_greedily_within_the_budget(knob: Knobs, tiles: list[list[int]], room: int) -> None:
     arrays = [np.array(tile, dtype=np.int64) for tile in tiles]
@@ -217,7 +217,7 @@ curves = st.builds(
 )
 
 
-@settings(deadline=None, derandomize=True, max_examples=300)
+@settings(deadline=None, max_examples=300)
 @given(knobs(), record_sets, curves, st.integers(1, 40), st.integers(0, MOST_RECORDS * 20))
 def test_the_cheapest_is_no_dearer_than_either_choice(
     knob: Knobs, records: list[int], disk: DiskCurve, in_flight: int, room: int
