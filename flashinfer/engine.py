@@ -27,6 +27,7 @@ from flashinfer.trace import Trace
 from flashinfer.units import format_size
 
 Floats = npt.NDArray[np.float32]
+Window = Sequence[Sequence[Sequence[int]]]
 
 
 class Session:
@@ -141,8 +142,13 @@ class Model:
         for kv in session.cache_of(self):
             yield self._decoder.backend.fetch_kv(kv, session.length)
 
-    def restore(self, layers: Iterable[Floats], capacity: int) -> Session:
-        """A session whose keys and values are those that `save` gave: it continues bit for bit the same.
+    def window(self) -> Window:
+        """By layer, the records that each of the last tokens used, oldest first."""
+        return [[records.tolist() for records in sets] for sets in self._weights.window()]
+
+    def restore(self, layers: Iterable[Floats], capacity: int, window: Window = ()) -> Session:
+        """A session whose keys and values are those that `save` gave: it continues bit for bit the same. What
+        `window` gave then is brought back to the slots, as far as they reach now.
 
         Raises:
             PromptError: they do not fit the capacity. SessionError: they are not those of such a model.
@@ -159,6 +165,8 @@ class Model:
             session.length, restored = len(k), restored + 1
         if restored != len(caches):
             raise SessionError("the session is not one of this model; start a new one")
+        with self.ledger.phase(self.ledger.load, 0):
+            self._weights.warm([[np.array(records, dtype=np.int64) for records in sets] for sets in window])
         return session
 
     def step(self, session: Session, tokens: Sequence[int]) -> Floats:

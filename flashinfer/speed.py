@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from flashinfer.config import TILE_NEURONS, TILE_ROWS, TILE_TOKENS, DiskCurve, Rates, RunConfig
+from flashinfer.firing import Firing
 from flashinfer.store import Manifest, NeuronLayer
-from flashinfer.store.geometry import ASSUMED_DENSITY, ASSUMED_KINSHIP, ASSUMED_REUSE
 
 if TYPE_CHECKING:
     from flashinfer.memory import Mode, Plan
@@ -43,35 +43,6 @@ TABLES = ("embed.weight", "embed.positions")
 """Matrices of which a token looks up a row."""
 
 Bound = Literal["disk", "DRAM", "arithmetic"]
-
-
-@dataclass(frozen=True)
-class Firing:
-    """Which neurons fire and come back.
-
-    density: share of a layer's neurons that one token needs. hit_rate: share of needed records found in slots, where
-    measured under the very plan; else it follows from the share of slots and `reuse` (`store.geometry.ASSUMED_REUSE`).
-    """
-
-    density: float = ASSUMED_DENSITY
-    reuse: float = ASSUMED_REUSE
-    hit_rate: float | None = None
-    source: Literal["assumed", "measured"] = "assumed"
-
-    def needed(self, tokens: int) -> float:
-        """Share of a layer's neurons that so many tokens in a row need together."""
-        return 1.0 - float((1.0 - self.density) ** (tokens**ASSUMED_KINSHIP))
-
-    def missing(self, needed: float, kept: float) -> float:
-        """Share of a layer's records to be read, of those needed, when slots keep that share of them."""
-        if self.hit_rate is not None:
-            return needed * (1.0 - self.hit_rate)
-        return max(needed * float((1.0 - kept) ** self.reuse), needed - kept)
-
-
-def firing_of(manifest: Manifest) -> Firing:
-    """What is known of this store: nothing yet. A section of measured statistics (`manifest.sections`) is read here."""
-    return Firing() if manifest.facts.sparse else Firing(density=1.0)
 
 
 @dataclass(frozen=True)
@@ -225,8 +196,14 @@ def matrix_cost(c: Conditions, name: str, plan: Plan, tokens: int) -> Cost:
     reads = whole * math.ceil(rows * width / extent) + math.ceil(rest * width / extent)
     read = t.bytes + blocks * _widening(rows * width, c.alignment)
     compute += blocks * BLOCK_SECONDS
-    ahead = c.disk.seconds(reads, read, min(c.run.io.in_flight, max(1.0, plan.ring / max(extent, plan.piece))))
+    ahead = c.disk.seconds(reads, read, _depth(c, plan))
     return Cost(read, reads, t.bytes, ahead, 0.0, compute)
+
+
+def _depth(c: Conditions, plan: Plan) -> float:
+    """Reads of the stream in flight at a time: what the ring holds beside the piece in use."""
+    each = min(c.run.io.max_extent, plan.piece or c.run.io.max_extent)
+    return min(c.run.io.in_flight, max(1.0, (plan.ring - plan.piece) / each))
 
 
 def lookup_cost(c: Conditions, name: str, plan: Plan, tokens: int) -> Cost:
@@ -248,7 +225,7 @@ def neurons_cost(c: Conditions, n: NeuronLayer, slots: int, plan: Plan, tokens: 
     rate = c.rates.bundle if tokens == 1 else c.rates.bundle_prompt / math.ceil(tokens / TILE_TOKENS)
     size = n.neurons * n.bundle_bytes
     read, reads = _run_at_the_end(c, n, 1.0 - kept, plan.piece)
-    ahead = c.disk.seconds(reads, read, min(c.run.io.in_flight, max(1.0, plan.ring / max(1, plan.piece))))
+    ahead = c.disk.seconds(reads, read, _depth(c, plan))
     pieces = read / (plan.piece or n.bytes)
     return Cost(read, reads, size, ahead, 0.0, size / rate + pieces * BLOCK_SECONDS)
 

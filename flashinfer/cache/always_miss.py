@@ -19,6 +19,11 @@ class AlwaysMiss:
         self.slot_of: Index = np.full(records, -1, dtype=np.int64)
 
     @property
+    def window(self) -> list[Index]:
+        """Nothing is remembered."""
+        return []
+
+    @property
     def effective_window(self) -> int:
         """Always 0."""
         return 0

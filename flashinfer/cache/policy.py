@@ -70,6 +70,11 @@ class Policy(Protocol):
         ...
 
     @property
+    def window(self) -> list[Index]:
+        """The record sets of the last tokens, oldest first, at most the window's length."""
+        ...
+
+    @property
     def effective_window(self) -> int:
         """How many of the last tokens have their whole active set resident, at most the window."""
         ...

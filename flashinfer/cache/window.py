@@ -78,6 +78,11 @@ class WindowCache:
         return self._map.slot_of
 
     @property
+    def window(self) -> list[Index]:
+        """As `Policy.window`."""
+        return [token.active for token in self._tokens]
+
+    @property
     def effective_window(self) -> int:
         """As `Policy.effective_window`; costs one look at each record of the window."""
         whole = 0

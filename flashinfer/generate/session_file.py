@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from flashinfer.errors import SessionError
 from flashinfer.store import Manifest
 
 Floats = npt.NDArray[np.float32]
-MAGIC = b"flashinfer-session 1\n"
+Window = Sequence[Sequence[Sequence[int]]]
+MAGIC = b"flashinfer-session 2\n"
 _LARGEST_HEADER = 1 << 28
 
 
@@ -30,11 +31,13 @@ _LARGEST_HEADER = 1 << 28
 class Conversation:
     """What a session file says. `tokens` are all so far; keys and values cover the first `length` of them.
 
-    random: state of the sampler's generator. layers: reads each layer's keys and values, `[2, length, width]`.
+    window: by layer, the records that the last tokens used. random: state of the sampler's generator. layers: reads
+    each layer's keys and values, `[2, length, width]`.
     """
 
     tokens: tuple[int, ...]
     length: int
+    window: Window
     random: dict[str, Any]
     layers: Callable[[], Iterator[Floats]]
 
@@ -45,7 +48,7 @@ def store_id(manifest: Manifest) -> str:
 
 
 def save_conversation(
-    path: Path, store: str, tokens: tuple[int, ...], random: dict[str, Any], layers: Iterable[Floats]
+    path: Path, store: str, tokens: tuple[int, ...], random: dict[str, Any], window: Window, layers: Iterable[Floats]
 ) -> None:
     """Write a session file over whatever is at `path`. `store` identifies the weight store.
 
@@ -56,7 +59,9 @@ def save_conversation(
     body = path.with_name(f".{path.name}.body-{os.getpid()}")
     try:
         frames, shape = _write_frames(body, layers)
-        header = json.dumps({"store": store, "tokens": tokens, "random": random, "shape": shape, "frames": frames})
+        header = json.dumps(
+            {"store": store, "tokens": tokens, "random": random, "window": window, "shape": shape, "frames": frames}
+        )
         data = header.encode()
         with temporary.open("wb") as out, body.open("rb") as frames_in:
             out.write(MAGIC + len(data).to_bytes(4, "little") + data + xxhash.xxh3_128_digest(data))
@@ -114,7 +119,7 @@ def load_conversation(path: Path, store: str) -> Conversation:
             for frame in header["frames"]:
                 yield _read_frame(file.read(frame["bytes"]), frame["xxh3"], shape, path)
 
-    return Conversation(tuple(header["tokens"]), shape[1], header["random"], layers)
+    return Conversation(tuple(header["tokens"]), shape[1], header["window"], header["random"], layers)
 
 
 def _read_frame(packed: bytes, expected: str, shape: tuple[int, ...], path: Path) -> Floats:

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 
 from flashinfer.errors import FlashInferError
 from flashinfer.generate.sampler import Floats, Sampler
-from flashinfer.generate.session_file import Conversation
+from flashinfer.generate.session_file import Conversation, Window
 from flashinfer.generate.stop import StopStrings
 from flashinfer.text import Detokenizer, Tokenizer
 
@@ -22,8 +22,8 @@ class StepEngine(Protocol):
     def session(self, capacity: int) -> Any:
         """A new, empty session for `capacity` tokens; it has `length`, `truncate(n)` and `close()`."""
 
-    def restore(self, layers: Iterable[Floats], capacity: int) -> Any:
-        """A session with these keys and values."""
+    def restore(self, layers: Iterable[Floats], capacity: int, window: Window) -> Any:
+        """A session with these keys and values, and these records in memory."""
 
     def step(self, session: Any, tokens: list[int]) -> Floats:
         """Append `tokens` to the session; logits [vocab] after the last of them."""
@@ -164,7 +164,7 @@ def _session(engine: StepEngine, job: Job, record: _Record) -> Any:
         if len(job.prompt) > capacity:
             _shorten(record, capacity, len(job.prompt) - (job.resume.length if job.resume else 0))
         return engine.session(capacity)
-    session = engine.restore(job.resume.layers(), capacity)
+    session = engine.restore(job.resume.layers(), capacity, job.resume.window)
     if session.length == len(job.prompt):  # it was stopped before a token was drawn: take the last step again
         session.truncate(session.length - 1)
     return session

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from flashinfer.config import DEFAULT_NEW_TOKENS, DiskCurve, Rates, SamplingConfig
 from flashinfer.errors import FlashInferError, PromptError, StoreError
 from flashinfer.generate.sampler import Floats, Sampler, check_sampling
-from flashinfer.generate.session_file import Conversation, load_conversation, save_conversation, store_id
+from flashinfer.generate.session_file import Conversation, Window, load_conversation, save_conversation, store_id
 from flashinfer.generate.stop import StopStrings
 from flashinfer.generate.stream import Generation, Job, StepEngine, Stream
 from flashinfer.ledger import Ledger
@@ -55,6 +55,9 @@ class Engine(StepEngine, Protocol):
 
     def save(self, session: Any) -> Iterator[Floats]:
         """The session's keys and values by layer, for `restore`."""
+
+    def window(self) -> Window:
+        """The records that the last tokens used, by layer."""
 
     def predict(self, disk: DiskCurve, rates: Rates, *, prompt_tokens: int) -> Prediction:
         """How fast it should be on such a disk and machine."""
@@ -243,7 +246,7 @@ class TextModel:
     def _keeper(self, path: Path, sampler: Sampler) -> Callable[[Any, tuple[int, ...]], None]:
         def keep(session: Any, tokens: tuple[int, ...]) -> None:
             store = store_id(self._engine.store.manifest)
-            save_conversation(path, store, tokens, sampler.state, self._engine.save(session))
+            save_conversation(path, store, tokens, sampler.state, self._engine.window(), self._engine.save(session))
 
         return keep
 

@@ -74,7 +74,7 @@ def least_plan(m: Manifest, r: Request, *, streams: bool) -> Plan:
 
 def _activations(f: Facts, r: Request) -> int:
     """Bytes of the widest moment of a prompt chunk, attention scores and rotary tables included."""
-    chunk = round_up(r.run.prefill_chunk, TILE_TOKENS) + TILE_TOKENS
+    chunk = round_up(min(r.run.prefill_chunk, r.context), TILE_TOKENS) + TILE_TOKENS
     width = (
         (10 + r.footprint.outputs(r.threads)) * f.hidden_size + 4 * f.num_heads * f.head_dim + 5 * f.intermediate_size
     )

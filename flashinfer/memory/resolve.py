@@ -8,13 +8,13 @@ from itertools import pairwise
 
 from flashinfer.config import FILE_ALIGNMENT, DiskCurve, Rates
 from flashinfer.errors import CapTooSmallError
+from flashinfer.firing import firing_of
 from flashinfer.memory.floor import all_matrices, least_plan, needs_all
 from flashinfer.memory.plan import Plan, Request
 from flashinfer.speed import (
     TABLES,
     Conditions,
     Cost,
-    firing_of,
     lookup_cost,
     matrix_cost,
     neurons_cost,

@@ -13,20 +13,13 @@ from flashinfer.config import TILE_NEURONS, TILE_ROWS, TILE_TOKENS, KvType
 from flashinfer.ledger import Ledger
 from flashinfer.model.rotary import rotary_tables
 from flashinfer.model.rows import Rows
-from flashinfer.model.weights import Weights
+from flashinfer.model.weights import Weights, decode_tiles
 from flashinfer.predict import Everything, Exact, Predictor
 from flashinfer.store.facts import Facts
 from flashinfer.store.geometry import round_up
 
 Index = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
-
-
-def decode_tiles(needed: Index) -> Index:
-    """The needed neurons packed into tiles in original order, `[tiles, TILE_NEURONS]`, -1 at the end."""
-    tiles = np.full((-(-len(needed) // TILE_NEURONS), TILE_NEURONS), -1, dtype=np.int64)
-    tiles.reshape(-1)[: len(needed)] = needed
-    return tiles
 
 
 def prefill_tiles(needed: Index, neurons: int) -> Index:

@@ -16,7 +16,7 @@ from flashinfer.memory import Mode, Plan
 from flashinfer.model.arena import Arena, Bytes
 from flashinfer.model.reads import Reading, Reads
 from flashinfer.model.stream import Piece, Stream
-from flashinfer.model.weights import Group
+from flashinfer.model.weights import Group, decode_tiles
 from flashinfer.predict import Selection
 from flashinfer.store import Geometry
 
@@ -101,23 +101,44 @@ class NeuronStore:
 
     def groups(self, index: int, selection: Selection, tiles: Index) -> Iterator[Group]:
         """See `model.weights.Weights.neurons`. The cache has the selection's records when the last group is out."""
-        layer = self._layers[index]
+        layer, g = self._layers[index], self._layers[index].geometry
+        recent = [g.records_of(neurons) for neurons in selection.recent]
+        yield from self._whole_step(layer, g.records_of(selection.needed), recent, tiles)
+
+    def _whole_step(self, layer: _Layer, needed: Index, recent: list[Index], tiles: Index) -> Iterator[Group]:
+        """A step that is made to its end, or else leaves the layer as it was at the beginning."""
         self._reads.settle()
         try:
-            yield from self._step(layer, selection, tiles)
+            yield from self._step(layer, needed, recent, tiles)
         except BaseException:
             # Wherever it struck, bookkeeping and bytes may disagree now: this layer starts again, empty.
             layer.policy = self._make_policy(layer.geometry.records, layer.slots)
             raise
 
+    def window(self) -> list[list[Index]]:
+        """The records each layer's last tokens used, oldest first."""
+        return [layer.policy.window for layer in self._layers]
+
+    def warm(self, window: Sequence[Sequence[Index]]) -> None:
+        """Bring back what `window` gave, as if those tokens had just been seen."""
+        for layer, sets in zip(self._layers, window, strict=False):
+            g = layer.geometry
+            recent = [np.unique(records[(records >= 0) & (records < g.records)]) for records in sets]
+            wanted = np.zeros(g.records, dtype=bool)
+            for records in recent:
+                wanted[records] = True
+            if wanted.any():
+                neurons = np.flatnonzero(wanted[g.positions(np.arange(g.neurons)) // g.bundles_per_record])
+                for _ in self._whole_step(layer, np.flatnonzero(wanted), recent, decode_tiles(neurons)):
+                    pass
+
     # -- one step
 
-    def _step(self, layer: _Layer, selection: Selection, tiles: Index) -> Iterator[Group]:
+    def _step(self, layer: _Layer, needed: Index, recent: list[Index], tiles: Index) -> Iterator[Group]:
         """Decide, then read in batches: each is computed while the next one is read into the other half."""
         with self._ledger.managing():
             geometry, account = layer.geometry, self._ledger.current
-            needed = geometry.records_of(selection.needed)
-            change = layer.policy.step(needed, [geometry.records_of(r) for r in selection.recent])
+            change = layer.policy.step(needed, recent)
             self._copy(layer, change.move_to, layer.base + change.move_from * geometry.record_bytes)
             batches = self._batches(layer, change, tiles)
             account.hits += len(needed) - len(change.misses)

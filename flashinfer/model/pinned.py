@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from flashinfer.config import TILE_NEURONS, RunConfig
+from flashinfer.config import RunConfig
 from flashinfer.io import Reader, RecordPlan, group_tiles
 from flashinfer.ledger import Ledger
 from flashinfer.memory import Plan
@@ -16,7 +16,7 @@ from flashinfer.model.arena import Arena
 from flashinfer.model.neurons import NEURON_FILE, load_slots
 from flashinfer.model.reads import Reads
 from flashinfer.model.stream import Piece, Stream
-from flashinfer.model.weights import Group
+from flashinfer.model.weights import Group, decode_tiles
 from flashinfer.predict import Selection
 from flashinfer.store import Geometry
 
@@ -67,6 +67,13 @@ class PinnedNeurons:
         every = all(slots >= g.records for slots, g in zip(self._slots, self._geometries, strict=True))
         return self._window if every else 0
 
+    def window(self) -> list[list[Index]]:
+        """Nothing is ever exchanged, so there is nothing to bring back."""
+        return []
+
+    def warm(self, window: Sequence[Sequence[Index]]) -> None:
+        """As `window`: nothing to do."""
+
     def close(self) -> None:
         """Let go of the arena."""
         self._arena.close()
@@ -88,8 +95,7 @@ class PinnedNeurons:
 
     def _plan(self, layer: int, reads: Reads) -> list[_Run]:
         g, kept = self._geometries[layer], self._slots[layer]
-        tiles = np.full((-(-g.neurons // TILE_NEURONS), TILE_NEURONS), -1, dtype=np.int64)
-        tiles.reshape(-1)[: g.neurons] = np.arange(g.neurons)
+        tiles = decode_tiles(np.arange(g.neurons))
         missing = [records[records >= kept] for records in (g.records_of(tile[tile >= 0]) for tile in tiles)]
         here = next((i for i, records in enumerate(missing) if len(records)), len(tiles))
         runs = [self._run(layer, tiles, 0, here, None, None)] if here else []

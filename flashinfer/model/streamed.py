@@ -85,6 +85,14 @@ class StreamedWeights:
         """How many of the last tokens are wholly resident."""
         return self._neurons.effective_window
 
+    def window(self) -> list[list[Index]]:
+        """The records each layer's last tokens used, oldest first: for `warm`."""
+        return self._neurons.window()
+
+    def warm(self, window: Sequence[Sequence[Index]]) -> None:
+        """Bring such records back to the slots."""
+        self._neurons.warm(window)
+
     def bundle(self, layer: int) -> Bundle:
         """What a bundle of that layer looks like."""
         return self._bundles[layer]

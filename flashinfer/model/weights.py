@@ -10,9 +10,17 @@ import numpy as np
 import numpy.typing as npt
 
 from flashinfer.backend import Backend, Buffer, Bundle
+from flashinfer.config import TILE_NEURONS
 from flashinfer.predict import Selection
 
 Index = npt.NDArray[np.int64]
+
+
+def decode_tiles(needed: Index) -> Index:
+    """The needed neurons packed into tiles in original order, `[tiles, TILE_NEURONS]`, -1 at the end."""
+    tiles = np.full((-(-len(needed) // TILE_NEURONS), TILE_NEURONS), -1, dtype=np.int64)
+    tiles.reshape(-1)[: len(needed)] = needed
+    return tiles
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from flashinfer.backend.footprint import NATIVE, TORCH, Footprint
 from flashinfer.config import Cap, DiskCurve, IoConfig, KvType, Rates, RunConfig
 from flashinfer.engine import Model
 from flashinfer.errors import CapTooSmallError
+from flashinfer.firing import Firing, firing_of
 from flashinfer.memory import Mode, Plan, Request, resolve
-from flashinfer.speed import Conditions, Firing, firing_of, predict
+from flashinfer.speed import Conditions, predict
 from flashinfer.store import Facts, FileEntry, Manifest, NeuronLayer, PartEntry, TensorEntry, open_store
 from tests.checkpoints import make_llama
 

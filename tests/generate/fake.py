@@ -11,10 +11,11 @@ import numpy.typing as npt
 
 from flashinfer.config import DiskCurve, Rates
 from flashinfer.errors import CapExceededError
+from flashinfer.firing import Firing
 from flashinfer.generate import TextModel
 from flashinfer.ledger import Ledger
 from flashinfer.memory import Plan
-from flashinfer.speed import Firing, Prediction
+from flashinfer.speed import Prediction
 from flashinfer.store import Facts
 from flashinfer.text import GenerationDefaults, Tokenizer
 

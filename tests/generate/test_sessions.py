@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import flashinfer
+from flashinfer.config import Cap
+from flashinfer.engine import Model
 from flashinfer.errors import SessionError
 from flashinfer.generate import load
 
@@ -89,3 +92,26 @@ def test_a_session_of_another_store_is_refused(store: Path, tmp_path: Path) -> N
 def test_a_session_that_cannot_be_written_is_one_error(store: Path, tmp_path: Path) -> None:
     with load(store, context=256) as model, pytest.raises(SessionError, match="cannot be written"):
         model.generate(PROMPT, max_new_tokens=2, temperature=0, session=tmp_path / "no such folder" / "chat")
+
+
+def test_the_window_comes_back(store: Path) -> None:
+    cap = Cap(weight_memory=11_000_000)
+    with Model.open(store, cap, context=128) as model:
+        session = model.session()
+        for token in range(5, 25):
+            model.step(session, [token])
+        window, layers = model.window(), list(model.save(session))
+        assert all(len(sets) == 5 for sets in window)
+        whole = model.effective_window
+        used = model.ledger.decode.hits
+        expected = model.step(session, [25])
+        used = model.ledger.decode.hits - used
+    with Model.open(store, cap, context=128) as model:
+        session = model.restore(layers, 128, window)
+        assert model.window() == window
+        assert model.effective_window >= whole > 0
+        assert np.array_equal(model.step(session, [25]), expected)
+        assert model.ledger.decode.hits >= used / 2
+    with Model.open(store, cap, context=128) as model:  # of another store, or altered: what there is not is left out
+        session = model.restore(layers, 128, [[[-1, 10**9]], [[]], []])
+        assert np.array_equal(model.step(session, [25]), expected)
