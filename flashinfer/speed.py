@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from flashinfer.memory import Mode, Plan
 
 LAYER_SECONDS = 1e-3
-"""Norms, rotary, attention of a short context and the calls around them, in a layer. Measured with torch: 0.7-1.5 ms; the
-native core takes 0.13 to 0.3, so small models are faster than predicted, and for large ones the rest stands for
+"""Norms, rotary, attention of a short context and the calls around them, in a layer. Measured with torch: 0.7-1.5 ms;
+the native core takes 0.13 to 0.3, so small models are faster than predicted, and for large ones the rest stands for
 reads that come in bursts larger than the ring."""
 BATCH_SECONDS = 400e-6
 """Planning and bookkeeping around a batch of misses, and RECORD_SECONDS those for each record needed (measured
