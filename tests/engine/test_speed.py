@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from flashinfer import pack
+from flashinfer.backend import has_native
 from flashinfer.backend.footprint import NATIVE, TORCH, Footprint
 from flashinfer.config import Cap, DiskCurve, IoConfig, KvType, Rates, RunConfig
 from flashinfer.engine import Model
@@ -96,7 +97,9 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def check_bytes(store: Path, share: float, run: RunConfig, mode: Mode = "cached") -> None:
     """At a cap that share of the way from the floor to the whole model."""
     manifest = open_store(store).manifest
-    floor = floor_of(manifest, replace(BASE, threads=1, run=run, alignment=4096, mode=mode, context=128))
+    footprint = NATIVE if has_native() else TORCH
+    how = {"threads": 1, "run": run, "alignment": 4096, "mode": mode, "context": 128, "footprint": footprint}
+    floor = floor_of(manifest, replace(BASE, **how))
     cap = floor + int(share * manifest.weight_bytes())
     counted, predicted, plan = run_and_predict(store, cap, run, mode)
     assert predicted == pytest.approx(counted, rel=0.05), plan
