@@ -78,6 +78,7 @@ def _processor() -> Iterator[Check]:
     yield check("features", ", ".join(found) if found else "none known, or the system does not tell")
     threads, cores = machine.compute_threads(), os.cpu_count() or 1
     yield check("threads", f"{threads} of {cores} cores may be used")
+    yield _arithmetic()
 
 
 def _memory() -> Iterator[Check]:
@@ -108,7 +109,6 @@ def _place(path: Path) -> Iterator[Check]:
         yield _store(path)
     yield _direct(file)
     yield _reader(file)
-    yield _arithmetic()
     yield _curve(place)
 
 

@@ -186,6 +186,7 @@ def summary(model: TextModel, result: Generation, predicted: Prediction, basis: 
         f"then {t.decode_tokens_per_second:.3g} tokens/s (predicted {predicted.tokens_per_second:.3g})",
         f"{format_size(decode.bytes_per_token)} read per token (predicted {format_size(predicted.flash_bytes)})",
         f"hit rate {decode.hit_rate:.1%}",
+        *(["keys and values rounded to f16"] if model.plan.kv_type == "f16" else []),
         f"peak memory {format_size(peak_resident_bytes())}",
     ]
     slower = "" if has_native() else "; computed by torch: the native core, which is faster, was not built"

@@ -120,7 +120,7 @@ def _parts(plan: Plan) -> list[tuple[str, int]]:
     if plan.cap_kind == "memory":
         parts += [
             ("program and libraries", plan.baseline),
-            ("keys and values", plan.kv_cache),
+            (f"keys and values ({plan.kv_type})", plan.kv_cache),
             ("activations", plan.activations),
             ("cache bookkeeping", plan.bookkeeping),
         ]

@@ -56,12 +56,7 @@ def least_plan(m: Manifest, r: Request, *, streams: bool) -> Plan:
         weight_staging=2 * (neuron_staging + piece),
         weight_scratch=r.threads * per_thread + COPY_RECORDS * record + lookup + round_up(bundle, FILE_ALIGNMENT),
         baseline=r.baseline + r.footprint.growth,
-        kv_cache=2
-        * KV_BYTES[r.run.kv_type]
-        * f.num_kv_heads
-        * f.head_dim
-        * f.num_layers
-        * round_up(r.context, r.footprint.kv_unit),
+        kv_cache=_kv_cache(f, r),
         activations=_activations(f, r),
         bookkeeping=_bookkeeping(m, r),
         neuron_staging=neuron_staging,
@@ -69,7 +64,14 @@ def least_plan(m: Manifest, r: Request, *, streams: bool) -> Plan:
         piece=piece,
         resident=frozenset(),
         slots=(0,) * len(m.layers),
+        kv_type=r.run.kv_type,
     )
+
+
+def _kv_cache(f: Facts, r: Request) -> int:
+    """Bytes of the keys and values of one session."""
+    values = 2 * f.num_layers * f.num_kv_heads * f.head_dim * round_up(r.context, r.footprint.kv_unit)
+    return KV_BYTES[r.run.kv_type] * values
 
 
 def _activations(f: Facts, r: Request) -> int:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from flashinfer.backend.footprint import NATIVE, Footprint
-from flashinfer.config import Cap, RunConfig
+from flashinfer.config import Cap, KvType, RunConfig
 
 Mode = Literal["cached", "always-miss", "naive"]
 
@@ -37,6 +37,7 @@ class Plan:
     piece: int
     resident: frozenset[str]
     slots: tuple[int, ...]
+    kv_type: KvType = "f32"
 
     @property
     def weight_total(self) -> int:

@@ -48,7 +48,7 @@ class DenseWeights:
     def __init__(
         self, manifest: Manifest, reader: Reader, backend: Backend, plan: Plan, ledger: Ledger, max_extent: int
     ) -> None:
-        self._tensors, self._backend, self._tied = manifest.tensors, backend, manifest.facts.tied_head
+        self._tensors, self._backend = manifest.tensors, backend
         self._reads, self._alignment = Reads(reader, DENSE_FILE, "dense", ledger), reader.alignment
         self._file = manifest.dense.name
         self._max_extent, self._budget = max_extent, plan.piece

@@ -75,8 +75,7 @@ class PinnedNeurons:
         """As `window`: nothing to do."""
 
     def close(self) -> None:
-        """Let go of the arena."""
-        self._arena.close()
+        """Nothing is under way but what the stream awaits."""
 
     def groups(self, layer: int, selection: Selection, tiles: Index) -> Iterator[Group]:
         """See `model.weights.Weights.neurons`; `tiles` are all neurons in order."""
