@@ -5,26 +5,21 @@ Where no cgroup can be made, the command runs without, and what it took is the m
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import pytest
 
-V1 = Path("/sys/fs/cgroup/memory")
-V2 = Path("/sys/fs/cgroup")
-_NUMBERS = itertools.count()
+from benchmarks.peers.cgroup import Group, NoCgroupError, Pressure, fresh_group
+
 _SAMPLING_SECONDS = 0.005
 _PATIENCE = 120.0
-_ANY = 1 << 30
-_ENTER = 'echo $$ > "$0" && exec "$@"'
-"""A shell that moves itself into the cgroup before the command begins, so that all of it is charged."""
 
 
 @dataclass(frozen=True)
@@ -44,75 +39,18 @@ class Limited:
     writing: Pressure | None
 
 
-@dataclass(frozen=True)
-class Pressure:
-    """What a cgroup that is too small suffers: how often the limit made the kernel reclaim, pages that had to be
-    read to go on, pages that were read again after they had been reclaimed."""
-
-    limit_hits: int
-    major_faults: int
-    refaults: int
-
-    def __sub__(self, other: Pressure) -> Pressure:
-        return Pressure(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-
-class _Group:
-    """One cgroup, of either version: the names of its files are all that differs."""
-
-    def __init__(self, path: Path, version: int) -> None:
-        self.path, self.version = path, version
-        self.enter = ["/bin/sh", "-c", _ENTER, str(path / "cgroup.procs")]
-
-    def limit(self, size: int) -> None:
-        if self.version == 1:
-            self._write("memory.limit_in_bytes", size)
-            self._write("memory.swappiness", 0)
-            if (self.path / "memory.memsw.limit_in_bytes").exists():
-                self._write("memory.memsw.limit_in_bytes", size)
-        else:
-            self._write("memory.max", size)
-            if (self.path / "memory.swap.max").exists():
-                self._write("memory.swap.max", 0)
-
-    def in_use(self, process: int) -> int:
-        """Anonymous, kernel and shared memory now, of every process in it."""
-        stat = self._table("memory.stat")
-        if self.version == 2:
-            return stat["anon"] + stat["shmem"] + stat.get("kernel", 0)
-        kernel = self.path / "memory.kmem.usage_in_bytes"
-        return stat["rss"] + stat.get("shmem", 0) + (int(kernel.read_text()) if kernel.exists() else 0)
-
-    def oom_kills(self) -> int:
-        return self._table("memory.oom_control" if self.version == 1 else "memory.events").get("oom_kill", 0)
-
-    def pressure(self) -> Pressure:
-        stat = self._table("memory.stat")
-        refaults = sum(value for key, value in stat.items() if key.startswith("workingset_refault"))
-        return Pressure(self._limit_hits(), stat["pgmajfault"], refaults)
-
-    def _limit_hits(self) -> int:
-        if self.version == 1:
-            return int((self.path / "memory.failcnt").read_text())
-        return self._table("memory.events")["max"]
-
-    def _table(self, name: str) -> dict[str, int]:
-        lines = (line.split() for line in (self.path / name).read_text().splitlines())
-        return {key: int(value) for key, value in lines}
-
-    def _write(self, name: str, value: int) -> None:
-        (self.path / name).write_text(str(value))
-
-
 class _Alone:
     """What stands for a cgroup where none can be made: the process is watched, and not limited."""
 
-    enter: Sequence[str] = ()
+    process = 0
 
-    def in_use(self, process: int) -> int:
-        """The most the process was ever resident (VmHWM); 0 once it has ended."""
+    def command(self, command: list[str]) -> list[str]:
+        return command
+
+    def in_use(self) -> int:
+        """The most the process was ever resident (VmHWM); 0 before it began, and once it has ended."""
         with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{process}/status").read_text().splitlines():
+            for line in Path(f"/proc/{self.process}/status").read_text().splitlines():
                 if line.startswith("VmHWM:"):
                     return int(line.split()[1]) * 1024
         return 0
@@ -131,9 +69,11 @@ def run_limited(
     where there is no way to say what it takes."""
     with _group(limit) as group:
         process = subprocess.Popen(
-            [*group.enter, *command],
+            group.command([*command]),
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=cwd, env=env,
         )  # fmt: skip
+        if isinstance(group, _Alone):
+            group.process = process.pid
         try:
             with ThreadPoolExecutor() as watchers:
                 peak = watchers.submit(_peak, group, process)
@@ -156,18 +96,18 @@ def run_limited(
     )
 
 
-def _peak(group: _Group | _Alone, process: subprocess.Popen[bytes]) -> int:
+def _peak(group: Group | _Alone, process: subprocess.Popen[bytes]) -> int:
     """The most that was used until the process ended, which must be soon."""
     peak, give_up = 0, time.monotonic() + _PATIENCE
     while process.poll() is None:
-        peak = max(peak, group.in_use(process.pid))
+        peak = max(peak, group.in_use())
         if time.monotonic() > give_up:
             process.kill()
         time.sleep(_SAMPLING_SECONDS)
     return peak
 
 
-def _watched(group: _Group | _Alone, stdout: IO[bytes]) -> tuple[bytes, list[Pressure | None]]:
+def _watched(group: Group | _Alone, stdout: IO[bytes]) -> tuple[bytes, list[Pressure | None]]:
     """All of a process's output; the pressure at the start, and after each piece of it."""
     pieces, seen = [], [group.pressure()]
     while piece := os.read(stdout.fileno(), 1 << 16):
@@ -186,59 +126,12 @@ def drop_page_cache(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _group(limit: int) -> Iterator[_Group | _Alone]:
-    group = _make(f"flashinfer-test-{os.getpid()}-{next(_NUMBERS)}")
-    if group is None:
-        if not Path("/proc/self/status").exists():
-            pytest.skip("no memory cgroup can be made, and the system does not say what a process takes")
-        yield _Alone()
-        return
-    try:
-        group.limit(limit)
+def _group(limit: int) -> Iterator[Group | _Alone]:
+    with contextlib.ExitStack() as stack:
+        try:
+            group: Group | _Alone = stack.enter_context(fresh_group(limit))
+        except NoCgroupError:
+            if not Path("/proc/self/status").exists():
+                pytest.skip("no memory cgroup can be made, and the system does not say what a process takes")
+            group = _Alone()
         yield group
-    finally:
-        _remove(group.path)
-
-
-def _make(name: str) -> _Group | None:
-    """A new cgroup that takes a limit, below one that may be written to: this process's own, its parent, or the
-    root. None where there is none."""
-    for version, parent in _parents():
-        group = _Group(parent / name, version)
-        try:
-            if version == 2 and "memory" not in (parent / "cgroup.subtree_control").read_text().split():
-                (parent / "cgroup.subtree_control").write_text("+memory")
-            group.path.mkdir()
-        except OSError:
-            continue
-        try:
-            group.limit(_ANY)
-        except OSError:
-            _remove(group.path)
-            continue
-        return group
-    return None
-
-
-def _parents() -> Iterator[tuple[int, Path]]:
-    own = Path("/proc/self/cgroup")
-    lines = own.read_text().splitlines() if own.exists() else []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        version, root = (1, V1) if controllers else (2, V2)
-        here = root / path.lstrip("/")
-        names = "memory.limit_in_bytes" if version == 1 else "cgroup.subtree_control"
-        yield from ((version, p) for p in dict.fromkeys((here, here.parent, root)) if (p / names).exists())
-
-
-def _remove(path: Path) -> None:
-    """The kernel may still hold the cgroup for a moment after its last process."""
-    for _ in range(100):
-        try:
-            path.rmdir()
-        except OSError:
-            time.sleep(0.02)
-        else:
-            return

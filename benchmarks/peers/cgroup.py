@@ -1,4 +1,4 @@
-"""A memory cgroup of exactly so many bytes, swap off (v1 and v2), and the most that was in use in it."""
+"""A memory cgroup of exactly so many bytes, swap off (v1 and v2), and what happened in it. The tests use it, too."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 V1 = Path("/sys/fs/cgroup/memory")
@@ -20,6 +21,19 @@ _NUMBERS = itertools.count()
 
 class NoCgroupError(Exception):
     """No memory cgroup can be made here; says why."""
+
+
+@dataclass(frozen=True)
+class Pressure:
+    """What a cgroup that is too small suffers: how often the limit made the kernel reclaim, pages that had to be
+    read to go on, pages that were read again after they had been reclaimed."""
+
+    limit_hits: int
+    major_faults: int
+    refaults: int
+
+    def __sub__(self, other: Pressure) -> Pressure:
+        return Pressure(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 class Group:
@@ -63,6 +77,12 @@ class Group:
         """Processes the kernel killed in it for want of memory."""
         return self._table("memory.oom_control" if self.version == 1 else "memory.events").get("oom_kill", 0)
 
+    def pressure(self) -> Pressure:
+        """All of it since the cgroup was made."""
+        stat = self._table("memory.stat")
+        refaults = sum(value for key, value in stat.items() if key.startswith("workingset_refault"))
+        return Pressure(self._limit_hits(), stat["pgmajfault"], refaults)
+
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """Keep `peak` while the block runs."""
@@ -80,6 +100,11 @@ class Group:
             over.set()
             sampler.join()
 
+    def _limit_hits(self) -> int:
+        if self.version == 1:
+            return int((self.path / "memory.failcnt").read_text())
+        return self._table("memory.events")["max"]
+
     def _table(self, name: str) -> dict[str, int]:
         lines = (line.split() for line in (self.path / name).read_text().splitlines())
         return {key: int(value) for key, value in lines}
@@ -91,30 +116,33 @@ class Group:
 @contextlib.contextmanager
 def fresh_group(limit: int) -> Iterator[Group]:
     """A new cgroup of `limit` bytes, removed at the end. Raises NoCgroupError."""
-    group = _make(f"flashinfer-caps-{os.getpid()}-{next(_NUMBERS)}")
+    group = _make(f"flashinfer-{os.getpid()}-{next(_NUMBERS)}", limit)
     try:
-        try:
-            group.limit(limit)
-        except OSError as e:
-            raise NoCgroupError(f"the memory cgroup takes no limit: {e.strerror}") from e
         yield group
     finally:
         _remove(group.path)
 
 
-def _make(name: str) -> Group:
-    """A new cgroup below one that may be written to: this process's own, its parent, or the root."""
+def _make(name: str, limit: int) -> Group:
+    """A new cgroup that takes the limit, below one that may be written to: this process's own, its parent, or the
+    root."""
     tried = []
     for version, parent in _parents():
         try:
             if version == 2 and "memory" not in (parent / "cgroup.subtree_control").read_text().split():
                 (parent / "cgroup.subtree_control").write_text("+memory")
-            path = parent / name
-            path.mkdir()
+            group = Group(parent / name, version)
+            group.path.mkdir()
         except OSError as e:
             tried.append(f"{parent}: {e.strerror}")
             continue
-        return Group(path, version)
+        try:
+            group.limit(limit)
+        except OSError as e:
+            tried.append(f"{group.path} takes no limit: {e.strerror}")
+            _remove(group.path)
+            continue
+        return group
     raise NoCgroupError(f"no memory cgroup can be made ({'; '.join(tried) or 'there are none here'})")
 
 

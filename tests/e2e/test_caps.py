@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 import flashinfer
+from benchmarks.peers import cgroup
+from benchmarks.peers.cgroup import Pressure
 from flashinfer.units import MIB
-from tests import cgroup
-from tests.cgroup import Limited, Pressure, drop_page_cache, run_limited
+from tests.cgroup import Limited, drop_page_cache, run_limited
 from tests.e2e.program import ENVIRONMENT, PROMPT, assert_failed, command, flashinfer_with
 
 PACK_LIMIT = 120_000_000
