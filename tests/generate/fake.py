@@ -9,7 +9,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from flashinfer.config import DiskCurve, Rates
+from flashinfer.config import DiskCurve, KvType, Rates
 from flashinfer.errors import CapExceededError
 from flashinfer.firing import Firing
 from flashinfer.generate import TextModel
@@ -109,6 +109,7 @@ class _Facts:
 @dataclass
 class _Plan:
     context: int
+    kv_type: KvType = "f32"
 
     def to_json(self) -> dict[str, int]:
         return {"context": self.context}
