@@ -2,11 +2,14 @@
 
     python examples/train_demo.py --train stories.txt[.zst] --valid valid.txt[.zst] --out DIR --minutes 90
 
+`--activation silu` trains its twin instead, an ordinary SwiGLU llama without any penalty: what thresholds are tried on.
+A `tokenizer.model` already in DIR is used, so that the twin can have the tokenizer of the embedded model.
+
 Needs `pip install -e .[test]`. Any UTF-8 text works; stories separated by a line `<|story|>` become one sequence each.
 The run can be stopped at any time and started again with the same command: it resumes from
 `DIR/state.pt`. The schedule is warm-up, constant, linear cool-down over the *budget* of training
 minutes (time the process was stopped does not count), so a run may also be resumed with another
-budget. At the end `DIR/hf/` holds an ordinary Hugging Face checkpoint (f16) and a model card.
+budget. At the end `DIR/hf/` holds an ordinary Hugging Face checkpoint (f16) and, of the sparse model, a model card.
 
 Sparsity comes from the loss: cross-entropy + l1 * mean(relu(gate)), the second term ramped in
 over the first third of the budget (ProSparse, arXiv 2402.13516, does the same to larger models) and
@@ -33,6 +36,7 @@ from torch import Tensor, nn
 
 STORY_END = "<|story|>"
 WINDOW = 5
+ACTIVATIONS = {"relu": F.relu, "silu": F.silu}
 MARKS = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-"})
 
 
@@ -49,6 +53,7 @@ class Shape:
     max_position_embeddings: int = 512
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    hidden_act: str = "relu"
 
 
 class RMSNorm(nn.Module):
@@ -91,9 +96,10 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(s.hidden_size, s.intermediate_size, bias=False)
         self.up_proj = nn.Linear(s.hidden_size, s.intermediate_size, bias=False)
         self.down_proj = nn.Linear(s.intermediate_size, s.hidden_size, bias=False)
+        self.activation = ACTIVATIONS[s.hidden_act]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        gate = F.relu(self.gate_proj(x))
+        gate = self.activation(self.gate_proj(x))
         return self.down_proj(gate * self.up_proj(x)), gate
 
 
@@ -219,7 +225,7 @@ def export(model: Llama, shape: Shape, work: Path, valid: np.ndarray, tokens_see
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
     (out / "tokenizer.model").write_bytes((work / "tokenizer.model").read_bytes())
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", **asdict(shape), "hidden_act": "relu",
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", **asdict(shape),
         "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False, "bos_token_id": 1,
         "eos_token_id": 2, "torch_dtype": "float16",
     }  # fmt: skip
@@ -229,12 +235,13 @@ def export(model: Llama, shape: Shape, work: Path, valid: np.ndarray, tokens_see
     half = Llama(shape)
     half.load_state_dict({n.removeprefix("model."): t.float() for n, t in state.items()})
     loss, active = evaluate(half, valid, 256, 200)
-    facts = {
-        "parameters": sum(p.numel() for p in model.parameters()), "tokens_seen": tokens_seen,
-        "held_out_loss": loss, "active_share": active, "window": WINDOW,
-        "window_overlap": window_overlap(half, valid, 256, 100),
+    facts: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in model.parameters()), "tokens_seen": tokens_seen, "held_out_loss": loss,
     }  # fmt: skip
-    (out / "README.md").write_text(model_card(shape, facts))
+    if shape.hidden_act == "relu":
+        overlap = window_overlap(half, valid, 256, 100)
+        facts |= {"active_share": active, "window": WINDOW, "window_overlap": overlap}
+        (out / "README.md").write_text(model_card(shape, facts))
     print(json.dumps(facts))
 
 
@@ -262,6 +269,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--length", type=int, default=256)
     p.add_argument("--lr", type=float, default=2e-3)
     p.add_argument("--muon-lr", type=float, default=0.0, help="0: AdamW for every parameter")
+    p.add_argument("--activation", choices=list(ACTIVATIONS), default="relu", help="silu: no penalty, not sparse")
     p.add_argument("--l1", type=float, default=0.5)
     p.add_argument("--target", type=float, default=0.09, help="active share the penalty aims at")
     p.add_argument("--threads", type=int, default=0)
@@ -275,7 +283,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_flush_denormal(True)  # momentum of neurons that stopped firing decays into numbers that are slow to add
     args.out.mkdir(parents=True, exist_ok=True)
-    shape = Shape()
+    shape = Shape(hidden_act=args.activation)
     if not (args.out / "tokenizer.model").exists():
         train_tokenizer(read_stories(args.train), args.out, shape.vocab_size)
     sp = spm.SentencePieceProcessor(model_file=str(args.out / "tokenizer.model"))
@@ -300,6 +308,7 @@ def main() -> None:
         torch.save(blob, state.with_suffix(".tmp"))
         state.with_suffix(".tmp").replace(state)
 
+    l1_weight = args.l1 if args.activation == "relu" else 0.0
     budget, last = args.minutes * 60, time.monotonic()
     while elapsed < budget:
         progress = elapsed / budget
@@ -311,7 +320,7 @@ def main() -> None:
             logits, gates = model(ids)
         ce = F.cross_entropy(logits.float().view(-1, shape.vocab_size), targets.reshape(-1))
         l1 = torch.stack([g.float().mean() * ((g > 0).float().mean() > args.target) for g in gates]).mean()
-        loss = ce + args.l1 * min(1.0, progress * 3) * l1
+        loss = ce + l1_weight * min(1.0, progress * 3) * l1
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for o in optimizers:

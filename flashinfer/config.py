@@ -120,6 +120,10 @@ class RunConfig:
     rates: Rates = Rates()
     backend: BackendName = "auto"
     """What computes on the CPU: auto is the native core where it was built, else torch."""
+    predictor: str = "exact"
+    """Who names the neurons a token needs: see `choice.choices`. exact gives exact output; others must be asked for."""
+    max_ppl_increase: float = 0.01
+    """Share of perplexity that the predictor `auto` may cost, as calibration measured it."""
     kv_type: KvType = "f32"
     """What keys and values are rounded to; f16 is an approximation."""
     threads: int = 0
@@ -130,6 +134,11 @@ class RunConfig:
     """Bytes of one half of the buffer misses are read to, and of a piece of the stream, where the cap allows."""
     ring: int = 32 * MIB
     """Bytes that may be read ahead of their use, where the cap allows."""
+    lookahead: bool | None = None
+    """Whether the predictor is asked for the next layer beforehand, to read what it names while this one computes. None:
+    where that was measured to pay (low-rank)."""
+    guess: int = 8 * MIB
+    """Bytes of one half of the buffer for such reads, where the cap allows."""
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,17 @@ import numpy.typing as npt
 
 from flashinfer import machine
 from flashinfer.backend import Buffer, open_backend
+from flashinfer.choice import Choice
 from flashinfer.config import Cap, DiskCurve, Rates, RunConfig
-from flashinfer.errors import CapExceededError, FlashInferError, PromptError, SessionError
+from flashinfer.errors import CapExceededError, FlashInferError, PromptError, SessionError, StoreError
 from flashinfer.io import Reader, open_reader
 from flashinfer.ledger import Ledger
-from flashinfer.memory import Mode, Plan, Request, conditions_of
+from flashinfer.memory import Mode, conditions_of
 from flashinfer.model.decoder import Decoder
+from flashinfer.model.observe import Observer
 from flashinfer.model.rows import Rows, decode_row, prefill_rows
 from flashinfer.model.streamed import StreamedWeights
-from flashinfer.request import UNCAPPED, request_for, resolve_cap, threads_for
+from flashinfer.request import UNCAPPED, Settled, files_of, settle, threads_for
 from flashinfer.speed import Prediction, predict
 from flashinfer.store import Facts, Store, open_store
 from flashinfer.trace import Trace
@@ -58,6 +60,17 @@ class Session:
         self._kv = []
 
 
+def _open_files(at: Path | str | Store, run: RunConfig) -> tuple[Store, Reader]:
+    """The store and its files; once more from the start where it was changed between its manifest and its files."""
+    store = at if isinstance(at, Store) else open_store(Path(at))
+    try:
+        return store, open_reader(files_of(store), run.io)
+    except StoreError:
+        if isinstance(at, Store) or (again := open_store(Path(at))).manifest == store.manifest:
+            raise
+        return again, open_reader(files_of(again), run.io)
+
+
 class Model:
     """An open weight store under a memory cap. Sessions come and go; the cache is shared by them.
 
@@ -68,22 +81,22 @@ class Model:
     def __init__(
         self,
         store: Store,
-        plan: Plan,
+        settled: Settled,
         reader: Reader,
         weights: StreamedWeights,
         decoder: Decoder,
         ledger: Ledger,
-        request: Request,
     ) -> None:
-        self.store, self.plan, self.ledger = store, plan, ledger
+        self.store, self.plan, self.ledger = store, settled.plan, ledger
         self.facts: Facts = store.manifest.facts
-        self._reader, self._weights, self._decoder, self._request = reader, weights, decoder, request
+        self.choice: Choice = settled.subject.choice
+        self._reader, self._weights, self._decoder, self._settled = reader, weights, decoder, settled
         self._closed = False
 
     @classmethod
     def open(
         cls,
-        path: Path | str,
+        store: Path | str | Store,
         cap: Cap = UNCAPPED,
         *,
         context: int | None = None,
@@ -98,29 +111,32 @@ class Model:
         `trace`, which stays the caller's.
 
         Raises:
-            StoreError, StoreReadError, CapTooSmallError, DeviceError, PromptError (context beyond the model's).
+            StoreError, StoreReadError, CapTooSmallError, DeviceError, PromptError (context beyond the model's),
+            PredictorError (the store does not have what `run.predictor` asks for).
         """
         run = run or RunConfig()
         machine.return_freed_memory()
-        store = open_store(Path(path))
-        manifest = store.manifest
-        backend = open_backend(device, threads_for(manifest, run), run.backend)
-        reader = open_reader([store.path_of(manifest.dense), store.path_of(manifest.neurons)], run.io)
+        store, reader = _open_files(store, run)
         try:
-            request = request_for(manifest, reader, backend, cap, context=context, run=run, mode=mode)
-            plan = resolve_cap(manifest, request, asked=cap != UNCAPPED)
+            backend = open_backend(device, threads_for(store.manifest, run), run.backend)
+        except BaseException:
+            reader.close()
+            raise
+        try:
+            settled = settle(store, reader, backend, cap, context=context, run=run, mode=mode)
+            manifest, choice, plan = settled.subject.manifest, settled.subject.choice, settled.plan
             geometries = [store.geometry(i) for i in range(manifest.facts.num_layers)]
             ledger = Ledger(trace=trace)
             with ledger.phase(ledger.load, 0):
-                weights = StreamedWeights(manifest, geometries, reader, backend, plan, run, mode, ledger)
+                weights = StreamedWeights(manifest, geometries, reader, backend, plan, run, mode, choice, ledger)
             decoder = Decoder(
-                manifest.facts, weights, plan.context, window=run.cache.window, naive=mode == "naive", ledger=ledger
+                manifest.facts, weights, plan.context, window=run.cache.window, choice=choice, ledger=ledger
             )
         except BaseException:
             reader.close()
             backend.close()
             raise
-        return cls(store, plan, reader, weights, decoder, ledger, request)
+        return cls(store, settled, reader, weights, decoder, ledger)
 
     def session(self, capacity: int | None = None) -> Session:
         """A new, empty session for up to `capacity` tokens (default, and at most: the plan's context).
@@ -134,7 +150,7 @@ class Model:
         if capacity is not None and capacity < 1:
             raise PromptError(f"a session is for at least 1 token, not {capacity}")
         capacity = self.plan.context if capacity is None else min(capacity, self.plan.context)
-        return Session(self, self._decoder.new_kv(capacity, self._request.run.kv_type), capacity)
+        return Session(self, self._decoder.new_kv(capacity, self._settled.request.run.kv_type), capacity)
 
     def save(self, session: Session) -> Iterator[Floats]:
         """The session's keys and values, layer by layer: float32 `[2, length, kv_heads * head_dim]`."""
@@ -211,7 +227,7 @@ class Model:
     def _chunks(self, start: int, count: int) -> list[Rows]:
         if count == 1:
             return [decode_row(start)]
-        step = self._request.run.prefill_chunk
+        step = self._settled.request.run.prefill_chunk
         return [prefill_rows(start + i, min(step, count - i)) for i in range(0, count, step)]
 
     def _check_open(self) -> None:
@@ -246,9 +262,12 @@ class Model:
 
     def predict(self, disk: DiskCurve, rates: Rates, *, prompt_tokens: int) -> Prediction:
         """How fast this model should be under its plan, on such a disk and machine."""
-        return predict(
-            conditions_of(self.store.manifest, self._request, disk, rates), self.plan, prompt_tokens=prompt_tokens
-        )
+        c = conditions_of(self._settled.subject.manifest, self._settled.request, disk, rates)
+        return predict(c, self.plan, prompt_tokens=prompt_tokens)
+
+    def observe(self, observer: Observer | None) -> None:
+        """Show every layer of every step from now on to the observer; None ends it. What it takes is not in the plan."""
+        self._decoder.observer = observer
 
     @property
     def effective_window(self) -> int:

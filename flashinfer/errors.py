@@ -6,13 +6,17 @@
     ├── StoreError             a weight store is missing, damaged or too new
     │   ├── StoreReadError     an I/O error while reading it: file, offset, length
     │   └── StoreBusyError     another writer holds its lock
+    ├── PredictorError         the store has no such predictor: it was not calibrated, or not for that
     ├── DiskFullError          not enough room on the disk for what was asked
     ├── CapTooSmallError       the memory cap lies below the floor; `.floor` says it
     ├── CapTooLargeError       the memory cap lies above what this process may use; `.usable` says it
     ├── CapExceededError       the process grew past the cap it promised to keep (our bug; never hidden)
     ├── PromptError            the prompt is empty or does not fit the context
+    ├── TextError              the text to learn or to judge from cannot be used
+    ├── PlotError              a plot cannot be drawn or written
     ├── SessionError           a session file is damaged, or belongs to another store
     ├── TraceError             a trace file cannot be written
+    ├── RecordingError         a recording of activations cannot be written, or is damaged
     ├── DeviceError            the asked compute device is not there
     └── PlatformError          this operating system is not supported
 
@@ -38,6 +42,10 @@ class LayoutError(CheckpointError):
 
 class StoreError(FlashInferError):
     """The weight store is missing, damaged, half-written or of a newer version."""
+
+
+class PredictorError(FlashInferError):
+    """The store does not carry the predictor, or the level of it, that is asked for."""
 
 
 class StoreReadError(StoreError):
@@ -97,12 +105,24 @@ class PromptError(FlashInferError):
     """The prompt is empty, or longer than the context."""
 
 
+class TextError(FlashInferError):
+    """The text for `calibrate` or `eval` cannot be read, is empty, no UTF-8, or shorter than a window."""
+
+
+class PlotError(FlashInferError):
+    """A plot cannot be drawn, for want of what draws it, or cannot be written."""
+
+
 class SessionError(FlashInferError):
     """A session file is truncated, altered, of another store, or cannot be written."""
 
 
 class TraceError(FlashInferError):
     """The timeline of a run cannot be written; the run itself is not concerned."""
+
+
+class RecordingError(FlashInferError):
+    """A recording of activations cannot be written or read, is cut short or damaged, or does not fit the store."""
 
 
 class DeviceError(FlashInferError):

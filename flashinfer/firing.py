@@ -1,38 +1,84 @@
-"""Which neurons fire and come back: assumed, until a store carries statistics of its own. Pure."""
+"""Which neurons a layer needs, and which come back: measured at calibration, else assumed. Pure."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-from flashinfer.store import Manifest
+import msgspec
+import numpy as np
+
+from flashinfer.choice import Choice
+from flashinfer.store import Calibration, LayerStatistics, Manifest
 from flashinfer.store.geometry import ASSUMED_DENSITY, ASSUMED_KINSHIP, ASSUMED_REUSE
+
+SAME_LEVEL = 0.02
+"""Statistics were taken at one level of a predictor; levels whose density differs by less are not told apart."""
 
 
 @dataclass(frozen=True)
 class Firing:
-    """Which neurons fire and come back.
+    """One layer, under one predictor.
 
-    density: share of a layer's neurons that one token needs. hit_rate: share of needed records found in slots, where
-    measured under the very plan; else it follows from the share of slots and `reuse` (`store.geometry.ASSUMED_REUSE`).
+    density: share of its neurons that one token needs. hit_rate: share of needed records found in slots, where
+    measured under the very plan; else it follows from `measured` where there is a calibration, or from the share of
+    slots and `reuse` (`store.geometry.ASSUMED_REUSE`).
     """
 
     density: float = ASSUMED_DENSITY
     reuse: float = ASSUMED_REUSE
     hit_rate: float | None = None
     source: Literal["assumed", "measured"] = "assumed"
+    measured: LayerStatistics | None = None
 
     def needed(self, tokens: int) -> float:
         """Share of a layer's neurons that so many tokens in a row need together."""
-        return 1.0 - float((1.0 - self.density) ** (tokens**ASSUMED_KINSHIP))
+        if self.measured is None:
+            return 1.0 - float((1.0 - self.density) ** (tokens**ASSUMED_KINSHIP))
+        known = self.measured.union
+        return float(np.interp(math.log2(tokens), range(len(known)), known))
 
-    def missing(self, needed: float, kept: float) -> float:
-        """Share of a layer's records to be read, of those needed, when slots keep that share of them."""
+    def touched(self, tokens: int, bundles_per_record: int) -> float:
+        """Share of a layer's records that so many tokens in a row need."""
+        if self.measured is not None and tokens == 1:
+            return self.measured.missing[0]
+        return 1.0 - float((1.0 - self.needed(tokens)) ** bundles_per_record)
+
+    def missing(self, tokens: int, bundles_per_record: int, kept: float) -> float:
+        """Share of a layer's records to be read for so many tokens, when slots keep that share of them."""
+        needed = self.touched(tokens, bundles_per_record)
         if self.hit_rate is not None:
             return needed * (1.0 - self.hit_rate)
+        if self.measured is not None and tokens == 1:
+            known = self.measured.missing
+            return float(np.interp(kept * (len(known) - 1), range(len(known)), known))
         return max(needed * float((1.0 - kept) ** self.reuse), needed - kept)
 
 
-def firing_of(manifest: Manifest) -> Firing:
-    """What is known of this store: nothing yet. A section of measured statistics (`manifest.sections`) is read here."""
-    return Firing() if manifest.facts.sparse else Firing(density=1.0)
+def firing_of(manifest: Manifest, choice: Choice, calibration: Calibration | None = None) -> tuple[Firing, ...]:
+    """What is known of each layer of this store under that predictor."""
+    if not choice.selects(manifest.facts):
+        return (Firing(density=1.0),) * len(manifest.layers)
+    known = calibration.statistics.get(choice.kind) if calibration is not None and choice.kind != "all" else None
+    if known is not None:
+        chosen = sum(s.density for s in known) / len(known)
+        times = 1.0 if choice.level is None else choice.level.density / chosen
+        scaled = [_times(s, times) for s in known]
+        return tuple(Firing(s.density, source="measured", measured=s) for s in scaled)
+    density = ASSUMED_DENSITY if choice.level is None else choice.level.density
+    return (Firing(density=density),) * len(manifest.layers)
+
+
+def _times(s: LayerStatistics, times: float) -> LayerStatistics:
+    """Statistics of another level of the same predictor: so many times as many are needed."""
+    if abs(times - 1.0) < SAME_LEVEL:
+        return s
+    union, missing = (tuple(min(1.0, times * share) for share in shares) for shares in (s.union, s.missing))
+    return msgspec.structs.replace(s, density=union[0], union=union, missing=missing)
+
+
+def mean_firing(layers: tuple[Firing, ...]) -> Firing:
+    """All layers in one, for people: the mean density, and where it comes from."""
+    density = sum(f.density for f in layers) / len(layers)
+    return Firing(density, layers[0].reuse, layers[0].hit_rate, layers[0].source)

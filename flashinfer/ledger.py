@@ -22,7 +22,8 @@ class Account:
     device_bytes: what the kernel says it fetched from storage for this process meanwhile, its page-ins of program and
     libraries among it; None where it does not say.
     useful_bytes: of the bytes read, those of records somebody needed and of streamed dense matrices.
-    hits, misses: records found in a slot, records that had to be read.
+    hits, misses: records found in a slot, records that had to be read. guessed_bytes: of the bytes read, those read
+    before anybody needed them; guessed_useful: of these, those of records that then were needed.
     """
 
     steps: int = 0
@@ -36,6 +37,8 @@ class Account:
     useful_bytes: int = 0
     hits: int = 0
     misses: int = 0
+    guessed_bytes: int = 0
+    guessed_useful: int = 0
 
     @property
     def compute(self) -> float:

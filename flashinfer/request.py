@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
 from flashinfer import machine
 from flashinfer.backend import Backend
+from flashinfer.choice import Choice, choices, restricted
 from flashinfer.config import Cap, RunConfig
 from flashinfer.errors import CapTooSmallError, PromptError
+from flashinfer.firing import firing_of
 from flashinfer.io import Reader
-from flashinfer.memory import Mode, Plan, Request, resolve
-from flashinfer.store import Facts, Manifest
+from flashinfer.memory import Mode, Plan, Request, conditions_of, resolve
+from flashinfer.speed import predict
+from flashinfer.store import Calibration, Facts, Manifest, Store
 from flashinfer.units import MIB, format_size
 
 SMALL_MODEL = 64 * MIB
@@ -25,8 +31,46 @@ def threads_for(manifest: Manifest, run: RunConfig) -> int:
     return run.threads or (machine.compute_threads() if manifest.weight_bytes() > SMALL_MODEL else 1)
 
 
-def request_for(
-    manifest: Manifest,
+@dataclass(frozen=True)
+class Subject:
+    """A store as a run sees it: the manifest without what the run does not use, and the predictor that it does."""
+
+    manifest: Manifest
+    choice: Choice
+    calibration: Calibration | None
+
+
+def subjects_of(store: Store, run: RunConfig, mode: Mode) -> list[Subject]:
+    """What the predictor that is asked for allows, exact ones first: one, but for `auto`.
+
+    Raises:
+        PredictorError: the store does not have it. StoreError: the calibration is damaged.
+    """
+    calibration = store.calibration()
+    if mode == "naive":
+        found = [Choice("all")]
+    else:
+        found = choices(store.manifest, calibration, run.predictor, run.max_ppl_increase)
+    return [Subject(restricted(store.manifest, choice), choice, calibration) for choice in found]
+
+
+def files_of(store: Store) -> list[Path]:
+    """The files a reader opens, in the order in which the weights number them."""
+    m = store.manifest
+    return [store.path_of(entry) for entry in (m.dense, m.neurons, m.predictors) if entry is not None]
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a run is: of what, under which request, and how the cap is spent."""
+
+    subject: Subject
+    request: Request
+    plan: Plan
+
+
+def settle(
+    store: Store,
     reader: Reader,
     backend: Backend,
     cap: Cap,
@@ -34,6 +78,40 @@ def request_for(
     context: int | None,
     run: RunConfig,
     mode: Mode = "cached",
+) -> Settled:
+    """The predictor and the plan of a run; of several that are allowed the one predicted fastest, of equals the first.
+
+    Raises:
+        PredictorError: the store has none such. PromptError: a context beyond the model's.
+        CapTooSmallError: the cap is below the floor of all of them.
+    """
+    found, error = [], None
+    for subject in subjects_of(store, run, mode):
+        request = request_for(subject, reader, backend, cap, context=context, run=run, mode=mode)
+        try:
+            found.append(Settled(subject, request, resolve_cap(subject.manifest, request, asked=cap != UNCAPPED)))
+        except CapTooSmallError as e:
+            error = error if error is not None and error.floor < e.floor else e
+    if not found:
+        assert error is not None
+        raise error
+    return found[0] if len(found) == 1 else min(found, key=_token_seconds)
+
+
+def _token_seconds(s: Settled) -> float:
+    c = conditions_of(s.subject.manifest, s.request, s.request.run.io.disk, s.request.run.rates)
+    return predict(c, s.plan, prompt_tokens=1).token_seconds
+
+
+def request_for(
+    subject: Subject,
+    reader: Reader,
+    backend: Backend,
+    cap: Cap,
+    *,
+    context: int | None,
+    run: RunConfig,
+    mode: Mode,
 ) -> Request:
     """What the resolver is asked, of this process as it is now: what it holds already counts against the cap.
 
@@ -43,14 +121,16 @@ def request_for(
     if cap == UNCAPPED:
         cap = Cap(memory=int(machine.usable_memory() * SAFE_SHARE))
     return Request(
-        context=_context(manifest.facts, context),
-        threads=threads_for(manifest, run),
+        context=_context(subject.manifest.facts, context),
+        threads=threads_for(subject.manifest, run),
         alignment=reader.alignment,
         baseline=machine.resident_bytes(),
         run=run,
         cap=cap,
         mode=mode,
         footprint=backend.footprint,
+        choice=subject.choice,
+        firing=firing_of(subject.manifest, subject.choice, subject.calibration),
     )
 
 

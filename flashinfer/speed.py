@@ -21,8 +21,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from flashinfer.choice import Choice
 from flashinfer.config import TILE_NEURONS, TILE_ROWS, TILE_TOKENS, DiskCurve, Rates, RunConfig
-from flashinfer.firing import Firing
+from flashinfer.firing import Firing, mean_firing
 from flashinfer.store import Manifest, NeuronLayer
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ Bound = Literal["disk", "DRAM", "arithmetic"]
 
 @dataclass(frozen=True)
 class Conditions:
-    """Under which a plan is judged. `run` holds the planner's knobs; `disk` and `rates` say what things take."""
+    """Under which a plan is judged. `run` holds the planner's knobs; `disk` and `rates` say what things take;
+    `firing` is by layer."""
 
     manifest: Manifest
     run: RunConfig
@@ -57,7 +59,13 @@ class Conditions:
     mode: Mode
     disk: DiskCurve
     rates: Rates
-    firing: Firing
+    firing: tuple[Firing, ...]
+    choice: Choice
+
+    @property
+    def selects(self) -> bool:
+        """Whether a step leaves neurons out."""
+        return self.mode != "naive" and self.choice.selects(self.manifest.facts)
 
 
 @dataclass(frozen=True)
@@ -144,7 +152,7 @@ def predict(c: Conditions, plan: Plan, *, prompt_tokens: int) -> Prediction:
         first_token_seconds=_prompt_seconds(c, plan, prompt_tokens),
         prompt_tokens=prompt_tokens,
         bound=bound,
-        firing=c.firing,
+        firing=mean_firing(c.firing),
     )
 
 
@@ -169,7 +177,7 @@ def step_cost(c: Conditions, plan: Plan, tokens: int, *, head: bool = True) -> t
         rest = rest + lookup_cost(c, name, plan, tokens)
     if head:
         rest = rest + matrix_cost(c, head_of(m), plan, tokens)
-    for layer, slots in zip(m.layers, plan.slots, strict=True):
+    for layer, slots in enumerate(plan.slots):
         ffn = ffn + neurons_cost(c, layer, slots, plan, tokens)
     return ffn, rest
 
@@ -219,11 +227,12 @@ def lookup_cost(c: Conditions, name: str, plan: Plan, tokens: int) -> Cost:
     return Cost(read, tokens, waited=disk)
 
 
-def neurons_cost(c: Conditions, n: NeuronLayer, slots: int, plan: Plan, tokens: int) -> Cost:
+def neurons_cost(c: Conditions, layer: int, slots: int, plan: Plan, tokens: int) -> Cost:
     """The neurons of one layer, `slots` of whose records may stay."""
+    n = c.manifest.layers[layer]
     kept = slots / n.records if c.mode == "cached" else 0.0
-    if c.manifest.facts.sparse and c.mode != "naive":
-        return _selected_cost(c, n, kept, plan.neuron_staging, tokens)
+    if c.selects:
+        return _selected_cost(c, n, c.firing[layer], kept, plan.neuron_staging, tokens)
     rate = c.rates.bundle if tokens == 1 else c.rates.bundle_prompt / math.ceil(tokens / TILE_TOKENS)
     size = n.neurons * n.bundle_bytes
     read, reads = _run_at_the_end(c, n, 1.0 - kept, plan.piece)
@@ -232,11 +241,10 @@ def neurons_cost(c: Conditions, n: NeuronLayer, slots: int, plan: Plan, tokens: 
     return Cost(read, reads, size, ahead, 0.0, size / rate + pieces * BLOCK_SECONDS)
 
 
-def _selected_cost(c: Conditions, n: NeuronLayer, kept: float, half: int, tokens: int) -> Cost:
+def _selected_cost(c: Conditions, n: NeuronLayer, firing: Firing, kept: float, half: int, tokens: int) -> Cost:
     """The neurons of one layer that so many tokens need, of whose records that share is kept."""
-    active = c.firing.needed(tokens)
-    touched = 1.0 - (1.0 - active) ** n.bundles_per_record
-    missing = c.firing.missing(touched, kept)
+    active, touched = firing.needed(tokens), firing.touched(tokens, n.bundles_per_record)
+    missing = firing.missing(tokens, n.bundles_per_record, kept)
     tiles = n.neurons * active / TILE_NEURONS if tokens == 1 else n.neurons / TILE_NEURONS
     read, reads = _neuron_reads(c, n, missing, max(1.0, tiles), half)
     disk = c.disk.seconds(reads, read, min(c.run.io.in_flight, reads, max(1.0, 2 * half / n.record_bytes)))

@@ -47,6 +47,19 @@ def parse_cap_size(text: str | int, whole: int | None = None) -> int:
     return size
 
 
+def parse_share(text: str) -> float:
+    """A share from `"1%"` or `"0.01"`. Raises ValueError: the text is no share of at least 0."""
+    if match := _SHARE.fullmatch(text):
+        return float(match[1]) / 100
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0.0 <= share < float("inf"):
+        raise ValueError(f"{text!r} is not a share; write e.g. 1% or 0.01")
+    return share
+
+
 def format_size(count: float) -> str:
     """A size with a binary unit and three significant digits: `1.25 GiB`, `768 B`."""
     if abs(count) < KIB:

@@ -6,7 +6,7 @@ Its map from roles to names is written by hand, so that a wrong layout shows.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from flashinfer.backend import Backend, Buffer, Bundle, Part, open_backend
+from flashinfer.choice import Choice
 from flashinfer.config import TILE_NEURONS, BackendName, KvType
 from flashinfer.model.decoder import Decoder
 from flashinfer.model.rows import decode_row, prefill_rows
-from flashinfer.model.weights import Group
+from flashinfer.model.weights import Group, no_guess
 from flashinfer.predict import Selection
-from flashinfer.store import Facts
+from flashinfer.store import Facts, Store
 
 Index = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -68,10 +69,15 @@ def role_tensors(path: Path) -> dict[str, torch.Tensor]:
 class TwinWeights:
     """See `flashinfer.model.weights.Weights`."""
 
-    def __init__(self, path: Path, facts: Facts, backend: Backend) -> None:
+    looks_ahead = False
+
+    def __init__(self, path: Path, facts: Facts, backend: Backend, predictors: Store | None = None) -> None:
         self.backend = backend
         self._tensors = role_tensors(path)
-        self._facts = facts
+        self._facts, self._bundled = facts, predictors is not None
+        if predictors is not None:
+            named = [role for role, t in predictors.manifest.tensors.items() if t.file == "predictors"]
+            self._tensors |= {role: torch.from_numpy(predictors.read_tensor(role).copy()) for role in named}
         self._bundles = [self._make_bundles(i) for i in range(facts.num_layers)]
 
     def vector(self, role: str) -> Buffer | None:
@@ -97,23 +103,31 @@ class TwinWeights:
         name = f"layers.{layer}.ffn"
         down = self._tensors[f"{name}.down.weight"].t().contiguous()
         columns, parts, at = [], {}, 0
+        decision = f"{name}.{self._facts.decision}"
+        if self._bundled:
+            columns.append(("decision", self._tensors[f"{decision}.weight"]))
         if self._facts.gated:
             columns.append(("up", self._tensors[f"{name}.up.weight"]))
         columns.append(("down", down))
         if self._facts.gated and f"{name}.up.bias" in self._tensors:
             columns.append(("up_bias", self._tensors[f"{name}.up.bias"].float()[:, None]))
+        if self._bundled and f"{decision}.bias" in self._tensors:
+            columns.append(("decision_bias", self._tensors[f"{decision}.bias"].float()[:, None]))
         raw = []
         for part, values in columns:
             parts[part] = Part(at, values.shape[1], CODECS[values.dtype])
             raw.append(values.contiguous().view(torch.uint8).numpy())
             at += raw[-1].shape[1]
         memory = np.concatenate([np.concatenate(raw, axis=1).reshape(-1), np.zeros(at, dtype=np.uint8)])
-        return Bundle(at, parts["down"], parts.get("up"), parts.get("up_bias")), memory
+        others = (parts.get(name) for name in ("up", "up_bias", "decision", "decision_bias"))
+        return Bundle(at, parts["down"], *others), memory
 
     def bundle(self, layer: int) -> Bundle:
         return self._bundles[layer][0]
 
-    def neurons(self, layer: int, selection: Selection, tiles: Index) -> Iterator[Group]:
+    def neurons(
+        self, layer: int, selection: Selection, tiles: Index, guess: Callable[[], Index | None] = no_guess
+    ) -> Iterator[Group]:
         bundle, memory = self._bundles[layer]
         zeros = len(memory) - bundle.bytes
         yield Group(0, len(tiles), memory, np.where(tiles >= 0, tiles * bundle.bytes, zeros))
@@ -124,11 +138,12 @@ class Twin:
 
     def __init__(
         self, path: Path, facts: Facts, *, threads: int = 1, context: int = 256,
-        kv_type: KvType = "f32", backend: BackendName = "auto",
+        kv_type: KvType = "f32", backend: BackendName = "auto", choice: Choice | None = None, store: Store | None = None,
     ) -> None:  # fmt: skip
+        """choice, store: a predictor, and the store its tensors are taken from."""
         assert TILE_NEURONS > 0
-        self.weights = TwinWeights(path, facts, open_backend("cpu", threads, backend))
-        self.decoder = Decoder(facts, self.weights, context, window=5)
+        self.weights = TwinWeights(path, facts, open_backend("cpu", threads, backend), store)
+        self.decoder = Decoder(facts, self.weights, context, window=5, choice=choice)
         self.kv = self.decoder.new_kv(context, kv_type)
         self.length = 0
 

@@ -13,10 +13,11 @@ import numpy as np
 
 from flashinfer.errors import FlashInferError
 from flashinfer.store import open_store
+from flashinfer.text import load_tokenizer
 from flashinfer.units import format_size
 
 from .build import write_planted
-from .measure import Layer, measure_checkpoint, measure_store
+from .measure import Layer, measure_checkpoint, measure_store, record_store
 from .shapes import SHAPES, shape_named
 from .statistics import FIRED, LOADED, Statistics, like_trained
 from .text import ids_of
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     make.add_argument("--sparsity", type=float, help="share of the FFN that does not fire for a token")
     make.add_argument("--window-share", type=float, help="share of the FFN that fires in 5 consecutive tokens")
     make.add_argument("--new-share", type=float, help="share that fires for a token and none of the 5 before")
+    make.add_argument("--reuse", type=float, default=1.0, help="share of that reuse to plant: 0.5 is half-way to none")
     make.add_argument("--seed", type=int, default=0)
     make.set_defaults(run=_make)
     measure = commands.add_parser("measure", help="what fires over a text, in a checkpoint or (by the engine) a store")
@@ -46,6 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measure.add_argument("--predictors", type=int, default=3, help="layers in which predictors are tried")
     measure.add_argument("--json", action="store_true")
     measure.set_defaults(run=_measure)
+    record = commands.add_parser("record", help="record what a store needs over a text, for `flashinfer bench cache`")
+    record.add_argument("path", type=Path, help="a store")
+    record.add_argument("out", type=Path, help="the recording")
+    record.add_argument("--text", type=Path, help="UTF-8 text whose words are forced; default: a made-up one")
+    record.add_argument("--tokens", type=int, default=200, help="tokens run one by one")
+    record.add_argument("--prompt", type=int, default=64, help="tokens before them")
+    record.add_argument("--tokenizer", action="store_true", help="a real model: read --text with the store's tokenizer")
+    record.set_defaults(run=_record)
     ids = commands.add_parser("ids", help="the token ids that `measure` forces, for other programs")
     ids.add_argument("path", type=Path, help="a checkpoint or a store, for the size of its vocabulary")
     ids.add_argument("--text", type=Path, help="UTF-8 text; default: a made-up one")
@@ -59,10 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _asked(args: argparse.Namespace, family: str) -> Statistics:
-    default = LOADED if args.as_loaded else FIRED[family]
+    asked = LOADED if args.as_loaded else FIRED[family]
     if args.sparsity is not None:
-        return like_trained(args.sparsity, args.window_share, args.new_share)
-    return Statistics(default.density, args.window_share or default.window_share, args.new_share or default.new_share)
+        asked = like_trained(args.sparsity, args.window_share, args.new_share)
+    else:
+        asked = Statistics(asked.density, args.window_share or asked.window_share, args.new_share or asked.new_share)
+    return asked.with_reuse(args.reuse)
 
 
 def _make(args: argparse.Namespace) -> None:
@@ -88,6 +100,27 @@ def _dimensions(path: Path) -> tuple[int, int, bool]:
 
 def _ids(args: argparse.Namespace) -> None:
     print(*ids_of(args.text, _dimensions(args.path)[0], args.tokens))
+
+
+def _record(args: argparse.Namespace) -> None:
+    vocab, _, checkpoint = _dimensions(args.path)
+    if checkpoint:
+        raise ValueError(f"{args.path} is a checkpoint; pack it and give the store")
+    count = args.prompt + args.tokens
+    ids = _own_ids(args.path, args.text, count) if args.tokenizer else ids_of(args.text, vocab, count)
+    record_store(args.path, args.out, ids, args.tokens)
+
+
+def _own_ids(path: Path, text: Path | None, count: int) -> list[int]:
+    """The first tokens of the text as the model of that store reads it."""
+    if text is None:
+        raise ValueError("--tokenizer needs a --text")
+    store = open_store(path)
+    tokenizer = load_tokenizer({name: store.path_of(entry) for name, entry in store.manifest.text.items()})
+    ids = list(tokenizer.encode(text.read_text(encoding="utf-8")))[:count]
+    if len(ids) < count:
+        raise ValueError(f"{text} has only {len(ids)} of the {count} tokens asked for; give a longer text")
+    return ids
 
 
 def _measure(args: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flashinfer import recording
 from flashinfer.checkpoint import open_checkpoint
 from flashinfer.engine import Model
+from flashinfer.model.observe import Seen
 from flashinfer.quant import codec_named
 
 from .forward import product, run
@@ -142,39 +144,42 @@ def measure_checkpoint(path: Path, ids: Sequence[int], measured: int, predicted:
 def measure_store(path: Path, ids: Sequence[int], measured: int, predicted: Sequence[int] = ()) -> list[Layer]:
     """The layers of a store as the engine runs it: the last `measured` tokens one by one, the others as a prompt."""
     with Model.open(path, context=len(ids)) as model:
-        seen: list[list[tuple[Any, Any]]] = [[] for _ in range(model.facts.num_layers)]
-
-        def hear(layer: int, x: Floats, z: Floats) -> None:
-            if layer in predicted:
-                seen[layer].append((x, z))
-            elif len(z) == 1:
-                seen[layer].append((x[:, :0], z > 0))
-
-        _listen(model, hear)
-        session = model.session()
-        model.step(session, ids[:-measured])
-        for token in ids[-measured:]:
-            model.step(session, [token])
+        keeper = _Keeper(model.facts.num_layers, predicted)
+        model.observe(keeper)
+        _force(model, ids, measured)
     recorder = Recorder(measured, predicted)
-    for layer, steps in enumerate(seen):
+    for layer, steps in enumerate(keeper.layers):
         recorder(layer, *(np.concatenate(part)[None] for part in zip(*steps, strict=True)))
         steps.clear()
     return recorder.layers
 
 
-def _listen(model: Model, hear: Callable[[int, Floats, Floats], None]) -> None:
-    """Have the engine tell the FFN inputs and pre-activations of the tokens of every step."""
-    decoder: Any = model._decoder
-    backend, ffn, positive = decoder.backend, decoder._ffn, decoder.backend.positive
-    now: dict[str, Any] = {}
+def record_store(path: Path, out: Path, ids: Sequence[int], measured: int) -> None:
+    """Run a store as `measure_store` does, and record what it needs (`docs/recording.md`)."""
+    with Model.open(path, context=len(ids)) as model:
+        with recording.Recorder(out, recording.header_of(model.store.manifest, model.choice.kind)) as recorder:
+            model.observe(recorder)
+            _force(model, ids, measured)
 
-    def listening_ffn(layer: int, x: Any, rows: Any) -> Any:
-        now.update(layer=layer, x=x)
-        return ffn(layer, x, rows)
 
-    def listening_positive(gate: Any, skip: int, count: int) -> Any:
-        x, z = (np.array(backend.fetch(y)[skip : skip + count]) for y in (now["x"], gate))
-        hear(now["layer"], x, z)
-        return positive(gate, skip, count)
+def _force(model: Model, ids: Sequence[int], measured: int) -> None:
+    session = model.session()
+    model.step(session, ids[:-measured])
+    for token in ids[-measured:]:
+        model.step(session, [token])
 
-    decoder._ffn, backend.positive = listening_ffn, listening_positive
+
+class _Keeper:
+    """An observer that keeps, by layer and step, FFN inputs and pre-activations in the layers of `predicted`, and who
+    fired for single tokens in the others."""
+
+    def __init__(self, layers: int, predicted: Sequence[int]) -> None:
+        self._predicted = predicted
+        self.layers: list[list[tuple[Any, Any]]] = [[] for _ in range(layers)]
+
+    def seen(self, layer: int, step: Seen) -> None:
+        """See `model.observe.Observer`."""
+        if layer in self._predicted:
+            self.layers[layer].append((np.array(step.x), np.array(step.gate)))
+        elif len(step.gate) == 1:
+            self.layers[layer].append((np.empty((1, 0), dtype=np.float32), step.gate > 0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -45,6 +45,17 @@ class Statistics:
             )
         if not 0 < self.new_share < new:
             raise ValueError(f"a new token adds less than {new:.2%}; {self.new_share:.2%} cannot be had")
+
+    def with_reuse(self, share: float) -> Statistics:
+        """The same with that share of the reuse: 1 is all of it, towards 0 neurons fire independently at each token."""
+        if not 0 < share <= 1:
+            raise ValueError(f"the share of the reuse that is kept lies above 0 and is at most 1, not {share}")
+        alone, new = independent(self.density)
+        return replace(
+            self,
+            window_share=alone + share * (self.window_share - alone),
+            new_share=new + share * (self.new_share - new),
+        )
 
 
 def independent(density: float) -> tuple[float, float]:

@@ -26,6 +26,7 @@ Buffer = Any
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 Index = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Bundle:
-    """What a bundle holds. Plain FFNs have no `up` here: it is their decision matrix."""
+    """What a bundle holds. Plain FFNs have no `up` here: it is their decision matrix. `decision` and its bias are
+    there where the store keeps the decision matrix in its bundles."""
 
     bytes: int
     down: Part
     up: Part | None = None
     up_bias: Part | None = None
+    decision: Part | None = None
+    decision_bias: Part | None = None
 
 
 class Backend(Protocol):
@@ -119,8 +123,19 @@ class Backend(Protocol):
         fewer kv heads; softmax over key tiles of TILE_KEYS with a fixed order of sums."""
         ...
 
-    def positive(self, gate: Buffer, skip: int, count: int) -> npt.NDArray[np.bool_]:
-        """Which neurons have a positive decision product: host bool `[count, neurons]` for rows skip .. skip+count."""
+    def products(self, gate: Buffer, skip: int, count: int) -> Floats:
+        """Decision products `[count, neurons]` of rows skip .. skip+count on the host, read-only: on a CPU a view,
+        which later writes to `gate` change."""
+        ...
+
+    def decide(self, gate: Buffer, x: Buffer, index: Index, memory: Bytes, offsets: Index, bundle: Bundle) -> None:
+        """`gate[:, index[t, n]] = x @ row + bias` for the decision rows in the bundles, with the bits that `linear` and
+        `add` give on the whole matrix. `index` int64 `[tiles, TILE_NEURONS]`, each neuron at most once, -1: nothing;
+        `memory`, `offsets`: see `ffn`. Writes `gate`; what is not named stays."""
+        ...
+
+    def limit(self, gate: Buffer, skip: int, keep: Mask) -> None:
+        """`gate[skip + i, ~keep[i]] = 0` for host bool `keep` `[count, neurons]`; other rows stay. Writes `gate`."""
         ...
 
     def fire(self, gate: Buffer, activation: Activation, index: Index) -> Buffer:

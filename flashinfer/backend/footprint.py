@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from flashinfer.config import TILE_KEYS, TILE_NEURONS, TILE_ROWS, TILE_TOKENS
+from flashinfer.quant.int8 import BLOCK
 from flashinfer.store.facts import Facts
 from flashinfer.store.geometry import round_up
 from flashinfer.units import MIB
@@ -39,6 +40,14 @@ def native_scores(heads: int, kv_heads: int, head_dim: int, context: int) -> int
     return 4 * group * max(1, TASK_TOKENS // group) * (round_up(context, TILE_TOKENS) + 2 * head_dim + 1)
 
 
+def torch_weights(widest: int, values: int, bundle: int) -> int:
+    """Scratch of one thread of torch: a tile of a matrix or of neurons in float32, its scales where it is int8, and the
+    bytes of a tile's bundles. `decide` stays within it: a tile of a matrix, from TILE_NEURONS bundles at a time."""
+    tile = max(TILE_ROWS * widest, TILE_NEURONS * values)
+    scales = -(-tile // BLOCK) + TILE_ROWS
+    return 4 * (tile + scales) + TILE_NEURONS * bundle
+
+
 NATIVE_GROWTH = 8 * MIB
 """Stacks, small objects, modules imported later, pages of libraries touched later. In 102 runs (1 to 4 threads, prompts
 of 5 to 1760 tokens, models of 10 to 150 MB, f32 and f16 keys, with a trace and without) the peak was 2 to 18 MiB below
@@ -55,7 +64,7 @@ NATIVE = Footprint(
 )
 TORCH = Footprint(
     kv_unit=TILE_KEYS,
-    weights=lambda widest, values, bundle: 4 * max(TILE_ROWS * widest, TILE_NEURONS * values) + TILE_NEURONS * bundle,
+    weights=torch_weights,
     scores=lambda f, context, threads: 16 * f.num_heads * TILE_TOKENS * round_up(context, TILE_KEYS),
     outputs=lambda threads: 2 * threads,  # each thread holds the output of an FFN tile, and its pieces
     growth=TORCH_GROWTH,

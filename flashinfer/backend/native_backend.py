@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from flashinfer.backend.base import Bundle, Bytes, Floats, Index, Part
+from flashinfer.backend.base import Bundle, Bytes, Floats, Index, Mask, Part
 from flashinfer.backend.footprint import NATIVE
 from flashinfer.config import TILE_NEURONS, TILE_TOKENS, KvType
 from flashinfer.native._kernels import Engine
@@ -21,7 +21,7 @@ from flashinfer.quant import codec_named
 from flashinfer.store.facts import Activation
 from flashinfer.store.geometry import round_up
 
-CODECS = {"f32": 0, "f16": 1, "bf16": 2}
+CODECS = {"f32": 0, "f16": 1, "bf16": 2, "int8": 3}
 ACTIVATIONS: dict[Activation, int] = {
     "relu": 0, "relu2": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4, "gelu_quick": 5
 }  # fmt: skip
@@ -91,7 +91,7 @@ class NativeBackend:
 
     def rows(self, weights: Matrix, ids: Index) -> Floats:
         picked = weights.raw.reshape(weights.rows, -1)[ids]
-        return codec_named(weights.codec).decode(picked)
+        return codec_named(weights.codec).decode(picked, weights.cols)
 
     def close(self) -> None:
         self._engine.close()
@@ -142,8 +142,18 @@ class NativeBackend:
 
     # -- feed-forward
 
-    def positive(self, gate: Floats, skip: int, count: int) -> npt.NDArray[np.bool_]:
-        return gate[skip : skip + count] > 0
+    def products(self, gate: Floats, skip: int, count: int) -> Floats:
+        seen = gate[skip : skip + count]
+        seen.flags.writeable = False
+        return seen
+
+    def limit(self, gate: Floats, skip: int, keep: Mask) -> None:
+        np.copyto(gate[skip : skip + len(keep)], np.float32(0), where=~keep)
+
+    def decide(self, gate: Floats, x: Floats, index: Index, memory: Bytes, offsets: Index, bundle: Bundle) -> None:
+        assert bundle.decision is not None
+        parts = (*_place(bundle.decision), *_place(bundle.decision_bias))
+        self._engine.decide(gate, x, index, memory, offsets, bundle.bytes, *parts)
 
     def fire(self, gate: Floats, activation: Activation, index: Index) -> Floats:
         out = np.empty((len(index), len(gate), TILE_NEURONS), dtype=np.float32)

@@ -11,50 +11,23 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashinfer.backend.base import Bundle, Bytes, Floats, Index, Part
+from flashinfer.backend.base import Bundle, Bytes, Floats, Index, Mask, Part
 from flashinfer.backend.footprint import TORCH
+from flashinfer.backend.torch_tiles import ACTIVATIONS, Kv, attend_tile, times
+from flashinfer.backend.torch_weights import DTYPES, Matrix, row_bytes, unpack
 from flashinfer.config import TILE_KEYS, TILE_NEURONS, TILE_ROWS, TILE_TOKENS, KvType
 from flashinfer.errors import DeviceError
 from flashinfer.store.facts import Activation
 
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 PARALLEL_WORK = 1 << 19
 """Multiply-adds below which starting a second thread costs more than it saves."""
-
-
-def _relu2(x: Tensor) -> Tensor:
-    return torch.relu(x).square()
-
-
-def _gelu_quick(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
-    "relu2": _relu2,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_quick": _gelu_quick,
-}
-
-
-@dataclass(frozen=True)
-class Kv:
-    """Keys and values `[key tiles, kv heads, TILE_KEYS, head_dim]`: the first n tiles are contiguous."""
-
-    k: Tensor
-    v: Tensor
 
 
 class TorchBackend:
@@ -79,8 +52,8 @@ class TorchBackend:
     def vector(self, values: Floats) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._device)
 
-    def matrix(self, raw: Bytes, codec: str, rows: int, cols: int, *, keep: bool) -> Tensor:
-        return torch.from_numpy(raw).view(DTYPES[codec]).view(rows, cols).to(self._device)
+    def matrix(self, raw: Bytes, codec: str, rows: int, cols: int, *, keep: bool) -> Matrix:
+        return Matrix(torch.from_numpy(raw).view(rows, -1).to(self._device), codec, cols)
 
     def zeros(self, tokens: int, width: int) -> Tensor:
         return torch.zeros(tokens, width, device=self._device)
@@ -95,9 +68,11 @@ class TorchBackend:
         host: Floats = x.cpu().numpy().copy()
         return host
 
-    def rows(self, weights: Tensor, ids: Index) -> Floats:
-        picked: Floats = weights[torch.from_numpy(ids).to(self._device)].float().cpu().numpy()
-        return picked
+    def rows(self, weights: Matrix, ids: Index) -> Floats:
+        picked = weights.raw[torch.from_numpy(ids).to(self._device)]
+        values = torch.empty(len(ids), weights.cols, device=self._device)
+        host: Floats = unpack(picked, weights.codec, values).cpu().numpy()
+        return host
 
     def close(self) -> None:
         if self._pool is not None:
@@ -133,19 +108,16 @@ class TorchBackend:
 
     # -- dense parts
 
-    def linear(self, out: Tensor, first: int, x: Tensor, weights: Tensor) -> None:
+    def linear(self, out: Tensor, first: int, x: Tensor, weights: Matrix) -> None:
         rows, cols = weights.shape
         tokens = x.shape[0]
 
         def tile(i: int) -> None:
             a, b = i * TILE_ROWS, min(rows, (i + 1) * TILE_ROWS)
             w = self._scratch("values", TILE_ROWS * cols)[: (b - a) * cols].view(b - a, cols)
-            w.copy_(weights[a:b])
-            if tokens == 1:
-                torch.mv(w, x[0], out=out[0, first + a : first + b])
-                return
-            for t in range(0, tokens, TILE_TOKENS):
-                out[t : t + TILE_TOKENS, first + a : first + b] = torch.mm(x[t : t + TILE_TOKENS], w.t())
+            unpack(weights.raw[a:b], weights.codec, w)
+            for t, products in times(x, w):
+                out[t : t + len(products), first + a : first + b] = products
 
         self._spread(-(-rows // TILE_ROWS), rows * cols * tokens, tile)
 
@@ -191,32 +163,61 @@ class TorchBackend:
         out = torch.empty_like(q)
         step = 1 if q.shape[0] == 1 else TILE_TOKENS
         for t in range(0, q.shape[0], step):
-            out[t : t + step] = self._attend_tile(q[t : t + step], kv, first + t, heads)
+            out[t : t + step] = attend_tile(q[t : t + step], kv, first + t, heads)
         return out
-
-    def _attend_tile(self, q: Tensor, kv: Kv, first: int, heads: int) -> Tensor:
-        """Rows at first .. first+step, which never straddle a key tile: all see the same key tiles."""
-        step = q.shape[0]
-        _, kv_heads, _, dim = kv.k.shape
-        group, tiles = heads // kv_heads, first // TILE_KEYS + 1
-        q = (q * dim**-0.5).view(step, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, group * step, dim)
-        scores = torch.matmul(q, kv.k[:tiles].float().transpose(-1, -2))
-        keys = torch.arange((tiles - 1) * TILE_KEYS, tiles * TILE_KEYS, device=self._device)
-        seen = keys <= torch.arange(first, first + step, device=self._device)[:, None]
-        scores[-1].view(kv_heads, group, step, TILE_KEYS).masked_fill_(~seen, -torch.inf)
-        weights = torch.exp(scores - scores.amax(dim=(0, 3), keepdim=True))
-        sums, outs = weights.sum(-1, keepdim=True), torch.matmul(weights, kv.v[:tiles].float())
-        total, acc = sums[0], outs[0]
-        for i in range(1, tiles):  # in order: a longer context only adds terms at the end
-            total, acc = total + sums[i], acc + outs[i]
-        y = (acc / total).view(kv_heads, group, step, dim).permute(2, 0, 1, 3)
-        return y.reshape(step, heads * dim)
 
     # -- feed-forward
 
-    def positive(self, gate: Tensor, skip: int, count: int) -> npt.NDArray[np.bool_]:
-        mask: npt.NDArray[np.bool_] = (gate[skip : skip + count] > 0).cpu().numpy()
-        return mask
+    def products(self, gate: Tensor, skip: int, count: int) -> Floats:
+        host: Floats = gate[skip : skip + count].cpu().numpy()
+        host.flags.writeable = False
+        return host
+
+    def decide(self, gate: Tensor, x: Tensor, index: Index, memory: Bytes, offsets: Index, bundle: Bundle) -> None:
+        named, at = index.reshape(-1), offsets.reshape(-1)
+        order = np.argsort(named, kind="stable")
+        order = order[named[order] >= 0]
+        tiles = named[order] // TILE_ROWS
+        groups = np.split(order, np.flatnonzero(np.diff(tiles)) + 1) if len(order) else []
+        host = torch.from_numpy(memory)
+
+        def tile(i: int) -> None:
+            self._decide_tile(gate, x, named[groups[i]], at[groups[i]], host, bundle)
+
+        self._spread(len(groups), TILE_ROWS * x.numel(), tile)
+
+    def _decide_tile(self, gate: Tensor, x: Tensor, rows: Index, at: Index, memory: Tensor, bundle: Bundle) -> None:
+        """Some rows of one tile of the decision matrix, the others zero: the shapes `linear` has on all of it."""
+        part, width = bundle.decision, x.shape[1]
+        assert part is not None
+        first = int(rows[0]) // TILE_ROWS * TILE_ROWS
+        w = self._scratch("values", TILE_ROWS * width)[: min(TILE_ROWS, gate.shape[1] - first) * width].view(-1, width)
+        for start in range(0, len(w), TILE_NEURONS):  # so many bundles fit the scratch
+            some = w[start : start + TILE_NEURONS]
+            here = (rows - first >= start) & (rows - first < start + len(some))
+            where, missing = np.full(len(some), at[0]), np.ones(len(some), dtype=bool)
+            where[rows[here] - first - start], missing[rows[here] - first - start] = at[here], False
+            unpack(self._gathered(memory, where, part), part.codec, some)
+            some.masked_fill_(torch.from_numpy(missing).to(self._device)[:, None], 0.0)
+        bias = None
+        if bundle.decision_bias is not None:
+            found = self._gathered(memory, at, bundle.decision_bias)
+            bias = unpack(found, bundle.decision_bias.codec, torch.empty(len(rows), 1, device=self._device))[:, 0]
+        columns = torch.from_numpy(rows).to(self._device)
+        for t, products in times(x, w):
+            chosen = products[:, columns - first]
+            gate[t : t + len(products), columns] = chosen if bias is None else chosen + bias
+
+    def _gathered(self, memory: Tensor, at: Index, part: Part) -> Tensor:
+        """One part of the bundles at those bytes: uint8 `[len(at), bytes]` in this thread's scratch."""
+        size = row_bytes(part.codec, part.elements)
+        raw = self._scratch("bundles", len(at) * size, torch.uint8, host=True).view(len(at), size)
+        places = memory.as_strided((memory.numel() - size + 1, size), (1, 1))
+        return torch.index_select(places, 0, torch.from_numpy(at + part.offset), out=raw)
+
+    def limit(self, gate: Tensor, skip: int, keep: Mask) -> None:
+        drop = torch.from_numpy(~keep).to(self._device)
+        gate[skip : skip + len(keep)].masked_fill_(drop, 0.0)
 
     def fire(self, gate: Tensor, activation: Activation, index: Index) -> Tensor:
         at = torch.from_numpy(index).to(self._device)
@@ -263,10 +264,5 @@ class TorchBackend:
 
 def _converted(raw: Tensor, part: Part, values: Tensor) -> Tensor:
     """One part of a tile of bundles as float32 `[TILE_NEURONS, elements]`. Writes `values`."""
-    dtype = DTYPES[part.codec]
-    data = raw[:, part.offset : part.offset + part.elements * dtype.itemsize]
-    values = values.view(TILE_NEURONS, part.elements)
-    if dtype == torch.float32:  # byte by byte: behind 16-bit values it may start anywhere
-        values.view(torch.uint8).copy_(data)
-        return values
-    return values.copy_(data.view(dtype))
+    data = raw[:, part.offset : part.offset + row_bytes(part.codec, part.elements)]
+    return unpack(data, part.codec, values.view(TILE_NEURONS, part.elements))

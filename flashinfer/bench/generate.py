@@ -14,6 +14,7 @@ from flashinfer import machine
 from flashinfer.config import Cap, IoObjective, RunConfig
 from flashinfer.engine import Model
 from flashinfer.memory import Mode
+from flashinfer.store import Store
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Setting:
 
     mode: Mode
     objective: IoObjective
+    predictor: str = RunConfig.predictor
 
 
 COMPARISON = (
@@ -42,6 +44,7 @@ class Sample:
 
     mode: Mode
     objective: IoObjective
+    predictor: str
     weights_in_memory: int
     bytes_read: float
     device_bytes: float | None
@@ -67,12 +70,13 @@ def continue_greedily(model: Model, prompt: Sequence[int], count: int) -> list[i
 
 
 def run_setting(
-    store: Path, setting: Setting, prompt: Sequence[int], script: Sequence[int], run: RunConfig, cap: Cap
-) -> Sample:
+    store: Path | Store, setting: Setting, prompt: Sequence[int], script: Sequence[int], run: RunConfig, cap: Cap,
+    device: str = "cpu",
+) -> Sample:  # fmt: skip
     """Open the store, process the prompt, replay the script token by token."""
-    run = replace(run, io=replace(run.io, objective=setting.objective))
+    run = replace(run, io=replace(run.io, objective=setting.objective), predictor=setting.predictor)
     context = len(prompt) + len(script)
-    with Model.open(store, cap, run=run, mode=setting.mode, context=context) as model:
+    with Model.open(store, cap, run=run, mode=setting.mode, context=context, device=device) as model:
         session = model.session()
         model.step(session, prompt)
         before = machine.device_bytes_read()
@@ -83,6 +87,7 @@ def run_setting(
         return Sample(
             mode=setting.mode,
             objective=setting.objective,
+            predictor=setting.predictor,
             weights_in_memory=model.plan.weight_total,
             bytes_read=account.bytes_per_token,
             device_bytes=None if before is None or after is None else (after - before) / n,

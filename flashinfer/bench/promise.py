@@ -14,11 +14,12 @@ from flashinfer.bench.curve import measure_curve
 from flashinfer.bench.known import KnownDisk, load_known, remember
 from flashinfer.bench.place import Place, place_of
 from flashinfer.bench.rates import BUFFER, ENOUGH, main_codec, measure_rates, rates_key
+from flashinfer.choice import Choice
 from flashinfer.config import Cap, DiskCurve, Rates, RunConfig
 from flashinfer.errors import CapTooSmallError, StoreError
 from flashinfer.io import open_reader
 from flashinfer.memory import Plan, Request, conditions_of, resolve
-from flashinfer.request import request_for, resolve_cap, threads_for
+from flashinfer.request import files_of, settle, threads_for
 from flashinfer.speed import Prediction, predict
 from flashinfer.store import Manifest, Store, open_store
 
@@ -62,6 +63,7 @@ class Promise:
     asked: Row
     others: tuple[Row, ...]
     direct: str
+    choice: Choice
 
 
 def known_basis(store: Store, run: RunConfig) -> Basis:
@@ -120,18 +122,17 @@ def promise(
 
     store = open_store(path)
     m = store.manifest
-    files = [store.path_of(m.dense), store.path_of(m.neurons)]
     # what `generate` holds before it asks the resolver: the same cap must give the same plan
     tokenizer = None
     with contextlib.suppress(StoreError):  # a store without a tokenizer has a plan, too
         tokenizer = load_tokenizer({name: store.path_of(entry) for name, entry in m.text.items()})
     backend = open_backend("cpu", threads_for(m, run), run.backend)
-    reader = open_reader(files, run.io)
+    reader = open_reader(files_of(store), run.io)
     try:
-        request = request_for(m, reader, backend, cap, context=context, run=run)
-        plan = resolve_cap(m, request, asked=cap != Cap())
+        settled = settle(store, reader, backend, cap, context=context, run=run)
+        plan, request = settled.plan, settled.request
         direct = reader.note
-        disk, place = _disk_of(files[1], remeasure, seconds, _room(plan), progress)
+        disk, place = _disk_of(store.path_of(m.neurons), remeasure, seconds, _room(plan), progress)
         rates = None if remeasure else load_known().rates.get(_rates_key(m, run))
         if rates is None:
             progress("measuring memory and arithmetic")
@@ -143,10 +144,10 @@ def promise(
         reader.close()
         backend.close()
         del tokenizer
-    basis = _basis(disk, rates)
+    basis, m = _basis(disk, rates), settled.subject.manifest
     asked = Row(plan.cap, plan, _predict(m, request, plan, basis))
     others = tuple(_row(m, request, other, basis) for other in _other_caps(m, request, plan))
-    return Promise(place, basis, asked, others, direct)
+    return Promise(place, basis, asked, others, direct, settled.subject.choice)
 
 
 def _room(plan: Plan) -> int:

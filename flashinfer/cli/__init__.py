@@ -28,6 +28,8 @@ COMMANDS: Final = {
     "verify": "Check every checksum of a weight store.",
     "plan": "Say where each byte of a memory cap goes, and how fast that will be.",
     "generate": "Continue a prompt under a memory cap.",
+    "calibrate": "Learn from a text which neurons fire, and write predictors into a store.",
+    "eval": "Measure perplexity, and what predictors cost in quality.",
     "bench": "Measure the disk, generation and the cache.",
     "doctor": "Look at this machine and at the place of a store.",
 }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import typer
 
-from flashinfer.cli import bench_generate, bench_io
+from flashinfer.cli import bench_cache, bench_generate, bench_io
 
-app = typer.Typer(no_args_is_help=True, help="Measure the disk and generation.")
+app = typer.Typer(no_args_is_help=True, help="Measure the disk, generation and the cache.")
 app.command("io")(bench_io.command)
 app.command("generate")(bench_generate.command)
+app.command("cache")(bench_cache.command)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashinfer.cli.options import MemoryOption, WeightMemoryOption, parse_cap
+from flashinfer.cli.options import MemoryOption, WeightMemoryOption, parse_cap, usage_errors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,26 +26,36 @@ def command(
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="The text to continue.")] = PROMPT,
     tokens: Annotated[int, typer.Option("-n", min=1, help="Tokens to decode in each run.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 3,
+    predictor: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[:TARGET]", help="Compare these predictors instead of modes; give it several times."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Decode the same tokens in every mode, in turn, and print medians.
+    """Decode the same tokens in every mode (or with every predictor), in turn, and print medians.
 
     Every run opens the store anew, so nothing is cached from the run before; reads bypass the page cache.
     """
     from rich.console import Console
 
-    from flashinfer.bench.generate import compare, summary
+    from flashinfer.bench.generate import COMPARISON, Setting, compare, summary
+    from flashinfer.choice import parse_predictor
     from flashinfer.config import RunConfig
     from flashinfer.store import open_store
     from flashinfer.text import load_tokenizer
 
     cap = parse_cap(memory, weight_memory)
+    for name in predictor or ():
+        with usage_errors("--predictor"):
+            parse_predictor(name)
     opened = open_store(store)
     tokenizer = load_tokenizer({name: opened.path_of(entry) for name, entry in opened.manifest.text.items()})
+    settings = [Setting("cached", "time", name) for name in predictor or ()] or COMPARISON
     with Console(stderr=True, highlight=False).status("writing the tokens every mode replays") as status:
         samples = compare(
             store, tokenizer.encode(prompt), tokens=tokens, rounds=rounds, run=RunConfig(), cap=cap,
-            on_sample=lambda s: status.update(f"{s.mode}, {s.objective}: {s.tokens_per_second:.2f} tokens/s"),
+            settings=settings,
+            on_sample=lambda s: status.update(f"{s.mode}, {s.predictor}, {s.objective}: {s.tokens_per_second:.2f} tokens/s"),
         )  # fmt: skip
     rows = [summary(s) for s in samples]
     if as_json:
@@ -73,7 +83,8 @@ def comparison_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     for r in rows:
         times = (f"{r[name]:.1f}" for name in ("io_wait_ms", "management_ms", "compute_ms", "tokens_per_second"))
         sizes = (format_size(r[name]) for name in ("weights_in_memory", "bytes_read"))
-        table.add_row(r["mode"], r["objective"], *sizes, f"{100 * r['hit_rate']:.0f} %", *times)
+        mode = r["mode"] if r["predictor"] == "exact" else r["predictor"]
+        table.add_row(mode, r["objective"], *sizes, f"{100 * r['hit_rate']:.0f} %", *times)
     return table
 
 

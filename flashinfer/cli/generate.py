@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -15,12 +16,16 @@ import typer
 from flashinfer.cli.options import (
     DEFAULT_BACKEND,
     DEFAULT_KV,
+    DEFAULT_PPL,
     BackendOption,
     KvOption,
     LogLevelOption,
+    MaxPplOption,
     MemoryOption,
+    PredictorOption,
     WeightMemoryOption,
     parse_cap,
+    parse_predictor_options,
     set_log_level,
     usage_errors,
 )
@@ -87,6 +92,8 @@ def command(
     io_objective: Annotated[Objective, typer.Option(help="time: fastest; bytes: fewest bytes read.")] = _OBJECTIVE,
     threads: Annotated[int, typer.Option(min=0, help="Compute threads; 0 is all cores.")] = RunConfig.threads,
     backend: BackendOption = DEFAULT_BACKEND,
+    predictor: PredictorOption = RunConfig.predictor,
+    max_ppl_increase: MaxPplOption = DEFAULT_PPL,
     kv_type: KvOption = DEFAULT_KV,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.CPU,
     session: Annotated[
@@ -99,6 +106,12 @@ def command(
     trace: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write a timeline to FILE, for ui.perfetto.dev or chrome://tracing."),
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            "--record-activations", metavar="FILE", help="Write to FILE who was needed, for `flashinfer bench cache`."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of text.")] = False,
     log_level: LogLevelOption = None,
@@ -115,9 +128,10 @@ def command(
     }  # fmt: skip
     stops = stop or []
     _check_options(sampling, stops)
-    if trace is not None and trace == session:
-        raise typer.BadParameter("--trace and --session are two files, not one")
-    cap = parse_cap(memory, weight_memory)
+    files = [path for path in (trace, session, record) if path is not None]
+    if len(set(files)) < len(files):
+        raise typer.BadParameter("--trace, --session and --record-activations each need a file of their own")
+    cap, (predictor, worse) = parse_cap(memory, weight_memory), parse_predictor_options(predictor, max_ppl_increase)
     resumed = session is not None and session.exists()
     text = read_prompt(prompt, file, optional=resumed)
     from flashinfer.generate import load, load_conversation, store_id
@@ -131,8 +145,8 @@ def command(
     with Trace(trace) if trace else nullcontext() as timeline, load(
         store, memory=cap.memory, weight_memory=cap.weight_memory, context=context or room, window=window,
         io_objective=io_objective.value, threads=threads, device=device.value, backend=backend.value,
-        kv_type=kv_type.value, trace=timeline,
-    ) as model:  # fmt: skip
+        predictor=predictor, max_ppl_increase=worse, kv_type=kv_type.value, trace=timeline,
+    ) as model, _recording(record, store, model):  # fmt: skip
         stream = model.stream(
             text, max_new_tokens=max_new_tokens, stop=stops, session=session, context_shift=context_shift, **sampling
         )
@@ -143,6 +157,20 @@ def command(
             print(json.dumps(_report(model, result, predicted, basis), ensure_ascii=False))
         print(summary(model, result, predicted, basis) + _place_note(store), file=sys.stderr)
         model.check_cap()
+
+
+@contextmanager
+def _recording(file: Path | None, store: Path, model: TextModel) -> Iterator[None]:
+    """Record what the model needs while the block runs, where a file for it is given."""
+    if file is None:
+        yield
+        return
+    from flashinfer.recording import Recorder, header_of
+    from flashinfer.store import open_store
+
+    with Recorder(file, header_of(open_store(store).manifest, model.choice.kind)) as recorder:
+        model.observe(recorder)
+        yield
 
 
 def read_prompt(prompt: str | None, file: Path | None, *, optional: bool = False) -> str:
@@ -186,6 +214,7 @@ def summary(model: TextModel, result: Generation, predicted: Prediction, basis: 
         f"then {t.decode_tokens_per_second:.3g} tokens/s (predicted {predicted.tokens_per_second:.3g})",
         f"{format_size(decode.bytes_per_token)} read per token (predicted {format_size(predicted.flash_bytes)})",
         f"hit rate {decode.hit_rate:.1%}",
+        *([model.choice.note] if model.choice.note else []),
         *(["keys and values rounded to f16"] if model.plan.kv_type == "f16" else []),
         f"peak memory {format_size(peak_resident_bytes())}",
     ]
@@ -253,6 +282,7 @@ def _report(model: TextModel, result: Generation, predicted: Prediction, basis: 
         **asdict(result),
         "ledger": model.ledger.to_json(),
         "plan": model.plan.to_json(),
+        "predictor": {"kind": model.choice.kind, "approximation": model.choice.note or None},
         "effective_window": model.effective_window,
         "peak_memory": peak_resident_bytes(),
         "predicted": predicted.to_json() | {"basis": basis.to_json()},

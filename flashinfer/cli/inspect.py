@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from flashinfer.store import Manifest, NeuronLayer, Store
+    from flashinfer.store import Level, Manifest, NeuronLayer, Store
 
 
 def command(
@@ -29,7 +29,11 @@ def command(
 
 
 def summarize(store: Store) -> dict[str, Any]:
-    """Everything `inspect` tells, as plain values. Sizes in bytes."""
+    """Everything `inspect` tells, as plain values. Sizes in bytes.
+
+    Raises:
+        StoreError: the calibration is damaged.
+    """
     import msgspec
 
     m = store.manifest
@@ -41,29 +45,31 @@ def summarize(store: Store) -> dict[str, Any]:
         "facts": msgspec.to_builtins(m.facts),
         "parameters": _parameters(m),
         "weight_bytes": m.weight_bytes(),
-        "dense_bytes": sum(t.bytes for t in m.tensors.values()),
+        "dense_bytes": m.weight_bytes() - neuron_weights,
         "neuron_bytes": neuron_weights,
         "neuron_padding": 1 - neuron_weights / m.neurons.bytes,
         "codecs": _codecs(m),
         "alignment": m.alignment,
         "layers": [_layer(m, n) for n in m.layers],
+        "predictors": _predictors(m),
+        "calibration": _calibration(store),
         "files": [{"name": f.name, "bytes": f.bytes, "xxh3": f.xxh3} for f in m.files()],
     }
 
 
 def _parameters(m: Manifest) -> int:
     """Values of the model, a tied head counted once."""
-    dense = sum(math.prod(t.shape) for t in m.tensors.values() if t.codec != "i32")
+    dense = sum(math.prod(t.shape) for t in m.tensors.values() if t.codec != "i32" and t.file == "dense")
     return dense + sum(n.neurons * p.elements for n in m.layers for p in n.parts)
 
 
 def _codecs(m: Manifest) -> dict[str, int]:
-    """Bytes of matrices by codec; vectors, which are always f32, and permutations are left out."""
+    """Bytes of the model's matrices by codec; vectors, which are always f32, and permutations are left out."""
     from flashinfer.quant import codec_named
 
     sizes: dict[str, int] = {}
     for t in m.tensors.values():
-        if len(t.shape) == 2:
+        if len(t.shape) == 2 and t.file == "dense":
             sizes[t.codec] = sizes.get(t.codec, 0) + t.bytes
     for n in m.layers:
         for p in n.parts:
@@ -86,6 +92,49 @@ def _layer(m: Manifest, n: NeuronLayer) -> dict[str, Any]:
     }
 
 
+def _predictors(m: Manifest) -> dict[str, Any]:
+    """What each predictor adds to the model: bytes, layers, and codec of its matrices (rank of low-rank factors)."""
+    from flashinfer.store.roles import PREDICTORS, predictor_of
+
+    found: dict[str, Any] = {}
+    for name in PREDICTORS:
+        tensors = {role: t for role, t in m.tensors.items() if predictor_of(role) == name}
+        if tensors:
+            matrices = [t for t in tensors.values() if len(t.shape) == 2]
+            found[name] = {
+                "bytes": sum(t.bytes for t in tensors.values()),
+                "layers": len({role.split(".")[1] for role in tensors}),
+                "codecs": sorted({t.codec for t in matrices}),
+                "ranks": sorted({t.shape[0] for role, t in tensors.items() if role.endswith(".a.weight")}),
+            }
+    return found
+
+
+def _calibration(store: Store) -> dict[str, Any] | None:
+    """What was measured on a text; None where nothing was."""
+    calibration = store.calibration()
+    if calibration is None:
+        return None
+    densities = {
+        selection: sum(layer.density for layer in layers) / len(layers)
+        for selection, layers in calibration.statistics.items()
+    }
+    return {
+        "generator": calibration.generator,
+        "text_xxh3": calibration.text_xxh3,
+        "tokens": calibration.tokens,
+        "held_out": calibration.held_out,
+        "mean_density": densities,
+        "levels": [_level(level, calibration.chosen.get(level.predictor) == i) for i, level in
+                   enumerate(calibration.levels)],
+    }  # fmt: skip
+
+
+def _level(level: Level, chosen: bool) -> dict[str, Any]:
+    names = ("predictor", "target", "recall", "density", "perplexity", "exact_perplexity")
+    return {name: getattr(level, name) for name in names} | {"chosen": chosen}
+
+
 def _lines(s: dict[str, Any]) -> list[tuple[str, str]]:
     """The summary for people: (name, text)."""
     from flashinfer.units import format_size
@@ -106,6 +155,7 @@ def _lines(s: dict[str, Any]) -> list[tuple[str, str]]:
         ("codecs", codecs),
         ("neuron padding", f"{100 * s['neuron_padding']:.1f} % of the neuron file, alignment {s['alignment']} B"),
         *_layer_lines(s["layers"]),
+        *_predictor_lines(s),
         *(("file", f"{x['name']} ({format_size(x['bytes'])})") for x in s["files"]),
     ]  # fmt: skip
 
@@ -125,6 +175,30 @@ def _layer_lines(layers: list[dict[str, Any]]) -> list[tuple[str, str]]:
             f"{', permuted' if layer['permuted'] else ''}"
         )
         lines.append((span, text))
+    return lines
+
+
+def _predictor_lines(s: dict[str, Any]) -> list[tuple[str, str]]:
+    """One line for each predictor, then the calibration with a line for each level."""
+    from flashinfer.units import format_size
+
+    lines = []
+    for name, p in s["predictors"].items():
+        rank = f"rank {', '.join(map(str, p['ranks']))}, " if p["ranks"] else ""
+        codecs = f" ({rank}{', '.join(p['codecs'])})" if p["codecs"] else ""
+        lines.append((f"predictor {name}", f"{format_size(p['bytes'])} in {p['layers']} layers{codecs}"))
+    c = s["calibration"]
+    if c is None:
+        return lines
+    fires = ", ".join(f"{name} {100 * density:.1f} %" for name, density in c["mean_density"].items())
+    lines.append(("calibration", f"{c['tokens']} tokens, {c['held_out']} held out; neurons a token needs: {fires}"))
+    for n in c["levels"]:
+        text = (
+            f"recall {100 * n['recall']:.1f} %, names {100 * n['density']:.1f} %, "
+            f"perplexity {n['perplexity']:.4g} (exact {n['exact_perplexity']:.4g})"
+        )
+        default = ", the default" if n["chosen"] else ""
+        lines.append((f"{n['predictor']}:{n['target']:g}", text + default))
     return lines
 
 

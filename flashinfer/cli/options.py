@@ -47,6 +47,19 @@ BackendOption = Annotated[
 KvOption = Annotated[
     KvChoice, typer.Option("--kv-type", help="Keys and values; f16 halves their memory and rounds them.")
 ]
+PredictorOption = Annotated[
+    str,
+    typer.Option(
+        "--predictor",
+        metavar="NAME[:TARGET]",
+        help="Who names the neurons to read: exact, certified (exact, too), low-rank or threshold (approximations, at "
+        "a calibrated level), all, or auto: the fastest within --max-ppl-increase.",
+    ),
+]
+MaxPplOption = Annotated[
+    str, typer.Option("--max-ppl-increase", metavar="SHARE", help="What --predictor auto may cost in perplexity.")
+]
+DEFAULT_PPL = f"{RunConfig.max_ppl_increase:.0%}"
 
 
 class LogLevel(StrEnum):
@@ -78,6 +91,17 @@ def usage_errors(option: str | None = None) -> Iterator[None]:
         yield
     except ValueError as e:
         raise typer.BadParameter(str(e), param_hint=option) from e
+
+
+def parse_predictor_options(predictor: str, max_ppl_increase: str) -> tuple[str, float]:
+    """Both as `RunConfig` has them. Raises typer.BadParameter."""
+    from flashinfer.choice import parse_predictor
+    from flashinfer.units import parse_share
+
+    with usage_errors("--predictor"):
+        parse_predictor(predictor)
+    with usage_errors("--max-ppl-increase"):
+        return predictor, parse_share(max_ppl_increase)
 
 
 def parse_cap(memory: str | None, weight_memory: str | None) -> Cap:

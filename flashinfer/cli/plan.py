@@ -12,12 +12,16 @@ import typer
 from flashinfer.cli.options import (
     DEFAULT_BACKEND,
     DEFAULT_KV,
+    DEFAULT_PPL,
     BackendOption,
     KvOption,
     LogLevelOption,
+    MaxPplOption,
     MemoryOption,
+    PredictorOption,
     WeightMemoryOption,
     parse_cap,
+    parse_predictor_options,
     set_log_level,
 )
 from flashinfer.config import RunConfig
@@ -40,6 +44,8 @@ def command(
         int | None, typer.Option(min=1, help="Tokens of prompt and continuation together. (default: up to 4096)")
     ] = None,
     backend: BackendOption = DEFAULT_BACKEND,
+    predictor: PredictorOption = RunConfig.predictor,
+    max_ppl_increase: MaxPplOption = DEFAULT_PPL,
     kv_type: KvOption = DEFAULT_KV,
     threads: Annotated[int, typer.Option(min=0, help="Compute threads; 0 is all cores.")] = RunConfig.threads,
     remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure disk and machine again.")] = False,
@@ -55,7 +61,10 @@ def command(
     """
     set_log_level(log_level)
     cap = parse_cap(memory, weight_memory)
-    run = RunConfig(backend=backend.value, kv_type=kv_type.value, threads=threads)
+    predictor, worse = parse_predictor_options(predictor, max_ppl_increase)
+    run = RunConfig(
+        backend=backend.value, kv_type=kv_type.value, threads=threads, predictor=predictor, max_ppl_increase=worse
+    )
     from rich.console import Console
 
     from flashinfer.bench.promise import promise
@@ -82,6 +91,7 @@ def _as_json(found: Promise) -> dict[str, Any]:
         "basis": found.basis.to_json(),
         "place": asdict(found.place),
         "reader": found.direct,
+        "predictor": {"kind": found.choice.kind, "approximation": found.choice.note or None},
     }
 
 
@@ -150,15 +160,18 @@ def speed_lines(found: Promise) -> list[str]:
         f"  machine: DRAM {rates.dram / 1e9:.1f} GB/s, matrices {rates.linear / 1e9:.1f} GB/s, neurons "
         f"{rates.bundle / 1e9:.1f} GB/s ({basis.rates_source})",
         f"  neurons: {_firing(p)}",
+        *([f"  {found.choice.note}"] if found.choice.note else []),
     ]
 
 
 def _firing(p: Prediction) -> str:
     if p.firing.density >= 1.0:
-        return "every one is needed at every token (the activation is never zero)"
+        return "every one is needed at every token"
     what = f"{p.firing.density:.0%} fire per token"
     if p.firing.hit_rate is not None:
         return f"{p.firing.source}: {what}, {p.firing.hit_rate:.0%} of them found in slots"
+    if p.firing.source == "measured":
+        return f"{what}, measured when the store was calibrated"
     return f"{p.firing.source}, not measured: {what}, of which (1 - slots/records)^{p.firing.reuse:g} must be read"
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from flashinfer import machine
+from flashinfer.choice import parse_predictor
 from flashinfer.config import BackendName, CacheConfig, Cap, IoConfig, IoObjective, KvType, RunConfig
 from flashinfer.generate.text_model import TextModel
 from flashinfer.store import open_store
@@ -26,6 +27,8 @@ def load(
     threads: int = RunConfig.threads,
     device: str = "cpu",
     backend: BackendName = RunConfig.backend,
+    predictor: str = RunConfig.predictor,
+    max_ppl_increase: float = RunConfig.max_ppl_increase,
     kv_type: KvType = RunConfig.kv_type,
     trace: Trace | None = None,
 ) -> TextModel:
@@ -43,6 +46,10 @@ def load(
         threads: compute threads; 0 means the cores this process may run on.
         device: `cpu` or `cuda`.
         backend: what computes on the CPU: `native`, `torch`, or `auto` (the native core where it was built).
+        predictor: who names the neurons a token needs. `exact` and `certified` give the same exact output; `low-rank`
+            and `threshold` (also as `low-rank:0.98`, a level that was calibrated) approximate; `auto` takes the fastest
+            that costs at most `max_ppl_increase`; `all` leaves nothing out.
+        max_ppl_increase: share of perplexity `auto` may cost, as measured when the store was calibrated.
         kv_type: `f32`, or `f16`: half the memory for keys and values, which are rounded.
         trace: shows what happens in a timeline (`flashinfer.trace`); closing it is the caller's.
 
@@ -52,10 +59,11 @@ def load(
         CapTooSmallError: the cap is below the model's floor.
         CapTooLargeError: `memory` is more than this process may use.
         DeviceError: the device is not there.
+        PredictorError: the store was not calibrated for that predictor.
     """
     run = RunConfig(
         io=IoConfig(objective=io_objective), cache=CacheConfig(window=window), backend=backend, kv_type=kv_type,
-        threads=threads,
+        threads=threads, predictor=predictor, max_ppl_increase=max_ppl_increase,
     )  # fmt: skip
     _check_run(run)
     if memory is not None and weight_memory is not None:
@@ -88,6 +96,9 @@ def _check_run(run: RunConfig) -> None:
         raise ValueError(f"window must be at least 0 tokens, not {run.cache.window}")
     if run.threads < 0:
         raise ValueError(f"threads must be at least 0 (0 is all cores), not {run.threads}")
+    parse_predictor(run.predictor)
+    if not 0.0 <= run.max_ppl_increase < float("inf"):
+        raise ValueError(f"max_ppl_increase must be a share of at least 0, not {run.max_ppl_increase}")
     choices = {"io_objective": (run.io.objective, IoObjective), "backend": (run.backend, BackendName)}
     for name, (value, kind) in (choices | {"kv_type": (run.kv_type, KvType)}).items():
         if value not in get_args(kind):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from flashinfer.choice import Choice
 from flashinfer.config import DEFAULT_NEW_TOKENS, DiskCurve, Rates, SamplingConfig
 from flashinfer.errors import FlashInferError, PromptError, StoreError
 from flashinfer.generate.sampler import Floats, Sampler, check_sampling
@@ -16,6 +17,7 @@ from flashinfer.generate.stop import StopStrings
 from flashinfer.generate.stream import Generation, Job, StepEngine, Stream
 from flashinfer.ledger import Ledger
 from flashinfer.memory import Plan
+from flashinfer.model.observe import Observer
 from flashinfer.speed import Prediction
 from flashinfer.store import Facts, Store
 from flashinfer.text import GenerationDefaults, Tokenizer
@@ -43,6 +45,10 @@ class Engine(StepEngine, Protocol):
         """Where the time went, all generations together."""
 
     @property
+    def choice(self) -> Choice:
+        """The predictor in use."""
+
+    @property
     def effective_window(self) -> int:
         """How many of the last tokens have all their neurons in DRAM."""
 
@@ -61,6 +67,9 @@ class Engine(StepEngine, Protocol):
 
     def predict(self, disk: DiskCurve, rates: Rates, *, prompt_tokens: int) -> Prediction:
         """How fast it should be on such a disk and machine."""
+
+    def observe(self, observer: Observer | None) -> None:
+        """Show every layer of every step to the observer."""
 
     def check_cap(self) -> None:
         """Hold the process's peak memory against the cap. Raises CapExceededError."""
@@ -95,6 +104,15 @@ class TextModel:
     def ledger(self) -> Ledger:
         """Bytes, reads, hits and seconds since the model was loaded."""
         return self._engine.ledger
+
+    @property
+    def choice(self) -> Choice:
+        """The predictor in use; its `note` names an approximation."""
+        return self._engine.choice
+
+    def observe(self, observer: Observer | None) -> None:
+        """Show every layer of every step from now on to the observer (`flashinfer.model.observe`); None ends it."""
+        self._engine.observe(observer)
 
     @property
     def effective_window(self) -> int:

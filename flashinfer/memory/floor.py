@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flashinfer.choice import Choice
 from flashinfer.config import (
     COPY_RECORDS,
     FILE_ALIGNMENT,
@@ -25,9 +26,9 @@ def all_matrices(m: Manifest) -> frozenset[str]:
     return frozenset(multiplied(m))
 
 
-def needs_all(m: Manifest, mode: Mode) -> bool:
+def needs_all(m: Manifest, choice: Choice, mode: Mode) -> bool:
     """Whether every step needs every neuron, which makes them streamable beforehand."""
-    return not m.facts.sparse or mode == "naive"
+    return mode == "naive" or not choice.selects(m.facts)
 
 
 def least_plan(m: Manifest, r: Request, *, streams: bool) -> Plan:
@@ -40,8 +41,8 @@ def least_plan(m: Manifest, r: Request, *, streams: bool) -> Plan:
     tile = max(_worst_tile_bytes(m, r.alignment), MIN_STAGING)
     block = max(TILE_ROWS * t.bytes // t.shape[0] for t in m.tensors.values() if len(t.shape) == 2)
     block = max(round_up(block, FILE_ALIGNMENT) + 2 * r.alignment, MIN_STAGING)
-    neuron_staging = 0 if needs_all(m, r.mode) else tile
-    piece = 0 if not streams else max(block, tile) if needs_all(m, r.mode) else block
+    neuron_staging = 0 if needs_all(m, r.choice, r.mode) else tile
+    piece = 0 if not streams else max(block, tile) if needs_all(m, r.choice, r.mode) else block
     bundle = max(layer.bundle_bytes for layer in m.layers)
     values = max(sum(p.elements for p in layer.parts) for layer in m.layers)
     per_thread = r.footprint.weights(widest, values, bundle)
@@ -88,7 +89,7 @@ def _bookkeeping(m: Manifest, r: Request) -> int:
     """Bytes of the tables that say where each record is: slot, score, stamp and candidates for eviction, the
     window's active sets, and the permutation."""
     per_record = 48 + 8 * r.run.cache.window
-    if needs_all(m, r.mode):
+    if needs_all(m, r.choice, r.mode):
         return sum(24 * n.neurons for n in m.layers)  # where each of them lies, and in what
     return sum(per_record * n.records + (8 * n.neurons if n.permutation is not None else 0) for n in m.layers)
 

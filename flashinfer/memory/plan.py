@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from flashinfer.backend.footprint import NATIVE, Footprint
+from flashinfer.choice import Choice
 from flashinfer.config import Cap, KvType, RunConfig
+from flashinfer.firing import Firing
 
 Mode = Literal["cached", "always-miss", "naive"]
 
@@ -16,7 +18,7 @@ class Plan:
     """Where every byte of the cap goes. All sizes in bytes; `total <= cap` always holds.
 
     `weight_*` fields are DRAM that holds weights in any form; the rest only counts under `--memory`.
-    neuron_staging: one half of the buffer misses are read to. ring: memory what is known beforehand is streamed
+    neuron_staging: one half of the buffer misses are read to. guess: one half of the buffer for guesses. ring: memory what is known beforehand is streamed
     through, in pieces of at most `piece` bytes.
     """
 
@@ -38,6 +40,7 @@ class Plan:
     resident: frozenset[str]
     slots: tuple[int, ...]
     kv_type: KvType = "f32"
+    guess: int = 0
 
     @property
     def weight_total(self) -> int:
@@ -64,7 +67,7 @@ class Request:
 
     baseline: resident bytes of the process before any weight is loaded (measured by the caller).
     alignment: the unit of the reader's device.
-    footprint: what the backend keeps.
+    footprint: what the backend keeps. choice: the predictor; firing: what it selects, by layer (None: as assumed).
     """
 
     context: int
@@ -75,3 +78,5 @@ class Request:
     cap: Cap
     footprint: Footprint = NATIVE
     mode: Mode = "cached"
+    choice: Choice = field(default_factory=Choice)
+    firing: tuple[Firing, ...] | None = None

@@ -9,7 +9,7 @@ from itertools import pairwise
 from flashinfer.config import FILE_ALIGNMENT, DiskCurve, Rates
 from flashinfer.errors import CapTooSmallError
 from flashinfer.firing import firing_of
-from flashinfer.memory.floor import all_matrices, least_plan, needs_all
+from flashinfer.memory.floor import all_matrices, least_plan
 from flashinfer.memory.plan import Plan, Request
 from flashinfer.speed import (
     TABLES,
@@ -26,6 +26,8 @@ from flashinfer.units import format_size
 
 RING_SHARE = 16
 """One part in so many of what is free above the floor is used to read ahead, up to `RunConfig.ring`."""
+GUESS_SHARE = 64
+"""One part in so many of what is free above the floor is for each half of the buffer for guesses."""
 RING_PIECES = 8
 """Pieces the ring holds at least, where the tiles are not larger."""
 SLOT_STEPS = 64
@@ -70,12 +72,13 @@ def resolve(manifest: Manifest, request: Request) -> Plan:
 def _can_run(c: Conditions, plan: Plan) -> bool:
     """Whether it keeps the cap, and has buffers for what it does not keep."""
     every = all(slots == n.records for slots, n in zip(plan.slots, c.manifest.layers, strict=True))
-    return plan.total <= plan.cap and (plan.ring > 0 or every or not needs_all(c.manifest, c.mode))
+    return plan.total <= plan.cap and (plan.ring > 0 or every or c.selects)
 
 
 def conditions_of(manifest: Manifest, request: Request, disk: DiskCurve, rates: Rates) -> Conditions:
     """Under which a plan for this request is judged, on such a disk and machine."""
-    return Conditions(manifest, request.run, request.alignment, request.mode, disk, rates, firing_of(manifest))
+    firing = request.firing or firing_of(manifest, request.choice)
+    return Conditions(manifest, request.run, request.alignment, request.mode, disk, rates, firing, request.choice)
 
 
 def _price(c: Conditions, cost: Cost) -> float:
@@ -88,6 +91,7 @@ def _starts(m: Manifest, r: Request) -> list[tuple[Plan, frozenset[str]]]:
     starts = []
     for streams in (True,) if r.mode == "naive" else (False, True):
         least, must = least_plan(m, r, streams=streams), frozenset() if streams else all_matrices(m)
+        least = _with_guesses(least, r)
         for plan in _with_rings(least, r) if streams else [least]:
             for half in _halvings(r.run.staging, plan.neuron_staging):
                 staging = plan.weight_staging + 2 * (half - plan.neuron_staging)
@@ -102,6 +106,16 @@ def _halvings(largest: int, least: int) -> list[int]:
         sizes.append(largest // FILE_ALIGNMENT * FILE_ALIGNMENT)
         largest //= 2
     return [*(size for size in sizes if size > least), least]
+
+
+def _with_guesses(least: Plan, r: Request) -> Plan:
+    """A share of what the cap leaves is for guesses about the next layer, where these are made."""
+    wanted = r.choice.kind == "low-rank" if r.run.lookahead is None else r.run.lookahead
+    if not wanted or r.mode != "cached" or r.choice.kind not in ("low-rank", "certified"):
+        return least
+    free = max(0, least.cap - least.total)
+    half = min(r.run.guess, free // GUESS_SHARE) // FILE_ALIGNMENT * FILE_ALIGNMENT
+    return replace(least, guess=half, weight_staging=least.weight_staging + 2 * half)
 
 
 def _with_rings(least: Plan, r: Request) -> list[Plan]:
@@ -163,19 +177,33 @@ def _wants(c: Conditions, plan: Plan, must: frozenset[str]) -> list[_Want]:
 
 def _slot_wants(c: Conditions, plan: Plan) -> list[_Want]:
     """Slots in steps of falling value: the concave hull of what they save, so that no step waits for a better one."""
-    n, total = c.manifest.layers[0], sum(layer.bytes for layer in c.manifest.layers)
-    counts = sorted({-(-n.records * i // SLOT_STEPS) for i in range(SLOT_STEPS + 1)})
-    price = {count: _price(c, neurons_cost(c, n, count, plan, 1)) for count in counts}
+    m, total = c.manifest, sum(layer.bytes for layer in c.manifest.layers)
+    most = max(layer.records for layer in m.layers)
+    shares = sorted({math.ceil(most * i / SLOT_STEPS) / most for i in range(SLOT_STEPS + 1)})
+    price = {share: _slots_price(c, share, plan) for share in shares}
 
-    def slope(a: int, b: int) -> float:
-        return (price[a] - price[b]) / ((b - a) * n.record_bytes)
+    def slope(a: float, b: float) -> float:
+        return (price[a] - price[b]) / ((b - a) * total)
 
-    hull: list[int] = []
-    for count in counts:
-        while len(hull) > 1 and slope(hull[-2], hull[-1]) <= slope(hull[-1], count):
+    hull: list[float] = []
+    for share in shares:
+        while len(hull) > 1 and slope(hull[-2], hull[-1]) <= slope(hull[-1], share):
             hull.pop()
-        hull.append(count)
-    return [_Want(slope(a, b), total * b // n.records, "slots", b / n.records) for a, b in pairwise(hull)]
+        hull.append(share)
+    return [_Want(slope(a, b), int(total * b), "slots", b) for a, b in pairwise(hull)]
+
+
+def _slots_price(c: Conditions, share: float, plan: Plan) -> float:
+    """What the neurons of all layers take with that share of their records in slots."""
+    slots = _share_of(c.manifest, share)
+    seen: dict[tuple[object, ...], float] = {}
+    total = 0.0
+    for i, (n, count) in enumerate(zip(c.manifest.layers, slots, strict=True)):
+        key = (n.records, n.record_bytes, count, c.firing[i])  # most models have many layers alike
+        if key not in seen:
+            seen[key] = _price(c, neurons_cost(c, i, count, plan, 1))
+        total += seen[key]
+    return total
 
 
 def _dense_area(size: int) -> int:

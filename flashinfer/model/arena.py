@@ -17,7 +17,8 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class Arena:
-    """A bundle of zeros (what padding points to), the slots of every layer, two halves of staging, the ring.
+    """A bundle of zeros (what padding points to), the slots of every layer, two halves of staging, two of guesses, the
+    ring.
 
     So a bundle is a byte offset, wherever it is. Invariant: the size is the sum of the plan's figures.
 
@@ -25,6 +26,7 @@ class Arena:
         bytes: all of it; the bundle of zeros is at 0.
         slots: where the slots of each layer begin.
         staging: where the first half of staging begins.
+        guesses: where the first half for guesses begins.
         ring: where the ring of the stream begins, which ends the arena.
     """
 
@@ -35,7 +37,8 @@ class Arena:
             self.slots.append(at)
             at += round_up(slots * geometry.record_bytes, FILE_ALIGNMENT)
         self.staging = at
-        self.ring = at + 2 * plan.neuron_staging
+        self.guesses = at + 2 * plan.neuron_staging
+        self.ring = self.guesses + 2 * plan.guess
         self._buffer = AlignedBuffer(self.ring + plan.ring)
         self.bytes: Bytes = self._buffer.array
 

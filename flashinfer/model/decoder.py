@@ -9,12 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from flashinfer.backend import Buffer
+from flashinfer.choice import Choice
 from flashinfer.config import TILE_NEURONS, TILE_ROWS, TILE_TOKENS, KvType
 from flashinfer.ledger import Ledger
+from flashinfer.model.observe import Observer, Seen
 from flashinfer.model.rotary import rotary_tables
 from flashinfer.model.rows import Rows
 from flashinfer.model.weights import Weights, decode_tiles
-from flashinfer.predict import Everything, Exact, Predictor
+from flashinfer.predict import Guess, Matrices, Predictor, Span, build_predictor, select
 from flashinfer.store.facts import Facts
 from flashinfer.store.geometry import round_up
 
@@ -33,7 +35,7 @@ def prefill_tiles(needed: Index, neurons: int) -> Index:
 class Decoder:
     """Runs tokens through the layers. Holds no per-session state.
 
-    naive: select every neuron even where the activation is sparse (the baseline that reads everything).
+    choice: the predictor. observer: looks on, where it is set.
     """
 
     def __init__(
@@ -43,15 +45,26 @@ class Decoder:
         context: int,
         *,
         window: int,
-        naive: bool = False,
+        choice: Choice | None = None,
         ledger: Ledger | None = None,
     ) -> None:
         self.facts, self.weights, self.backend = facts, weights, weights.backend
         self._span = (ledger or Ledger()).span
         self._window = window
-        self._predictor: Predictor = Exact() if facts.sparse and not naive else Everything()
+        self._bundles = [weights.bundle(i) for i in range(facts.num_layers)]
+        self.observer: Observer | None = None
+        self._predictor = self._build(choice or Choice())
         # whole tiles: the padding rows of a prompt's last tile may stand for positions beyond the context
         self._tables = rotary_tables(facts.rope, round_up(context, TILE_TOKENS)) if facts.rope else None
+
+    def _build(self, choice: Choice) -> Predictor:
+        def vector(role: str) -> Floats | None:
+            found = self.weights.vector(role)
+            return None if found is None else self.backend.fetch(found)
+
+        separate = [bundle.decision is None for bundle in self._bundles]
+        matrices = Matrices(self.backend, self._product, self._linear, vector)
+        return build_predictor(choice, self.facts, separate, matrices)
 
     def new_kv(self, capacity: int, kv_type: KvType) -> list[Buffer]:
         """Empty keys and values for every layer."""
@@ -66,7 +79,7 @@ class Decoder:
             with self._span("attention", layer):
                 x = self._block(x, f"layers.{layer}.attn", partial(self._attention, layer, rows=rows, kv=kv[layer]))
             with self._span("ffn", layer):
-                x = self._block(x, f"layers.{layer}.ffn", partial(self._ffn, layer, rows=rows))
+                x = self._block(x, f"layers.{layer}.ffn", partial(self._ffn, layer, residual=x, rows=rows))
         return x
 
     def head(self, x: Buffer) -> Floats:
@@ -75,8 +88,8 @@ class Decoder:
             if self.facts.final_norm:
                 x = self._norm(x, "final_norm")
             if self.weights.has("project_out.weight"):
-                x = self._linear(x, "project_out")
-            return self.backend.fetch(self._linear(x, "embed" if self.facts.tied_head else "head"))
+                x = self._linear("project_out", x)
+            return self.backend.fetch(self._linear("embed" if self.facts.tied_head else "head", x))
 
     # -- parts
 
@@ -85,7 +98,7 @@ class Decoder:
         padded[rows.skip : rows.skip + rows.count] = self.weights.lookup("embed.weight", tokens)
         x = self.backend.place(padded)
         if self.weights.has("project_in.weight"):
-            x = self._linear(x, "project_in")
+            x = self._linear("project_in", x)
         if self.weights.has("embed.positions"):
             at = np.arange(rows.start, rows.end) + self.facts.position_offset
             learned = np.zeros((rows.total, self.facts.hidden_size), dtype=np.float32)
@@ -103,34 +116,66 @@ class Decoder:
         weight, bias = self.weights.vector(f"{name}.weight"), self.weights.vector(f"{name}.bias")
         return self.backend.norm(x, weight, bias, self.facts.norm, self.facts.norm_eps)
 
-    def _linear(self, x: Buffer, name: str) -> Buffer:
-        out = self.backend.zeros(len(x), self.weights.rows_of(f"{name}.weight"))
-        for first, block in self.weights.blocks(f"{name}.weight"):
+    def _product(self, role: str, x: Buffer) -> Buffer:
+        out = self.backend.zeros(len(x), self.weights.rows_of(role))
+        for first, block in self.weights.blocks(role):
             assert first % TILE_ROWS == 0
             self.backend.linear(out, first, x, block)
+        return out
+
+    def _linear(self, name: str, x: Buffer) -> Buffer:
+        out = self._product(f"{name}.weight", x)
         bias = self.weights.vector(f"{name}.bias")
         return out if bias is None else self.backend.add(out, bias)
 
     def _attention(self, layer: int, x: Buffer, rows: Rows, kv: Buffer) -> Buffer:
         f, name = self.facts, f"layers.{layer}.attn"
-        q, k, v = (self._linear(x, f"{name}.{part}") for part in "qkv")
+        q, k, v = (self._linear(f"{name}.{part}", x) for part in "qkv")
         if self._tables is not None:
             cos, sin = (t[rows.first : rows.first + rows.total] for t in self._tables)
             q, k = (self.backend.rotate(y, f.head_dim, cos, sin) for y in (q, k))
         self.backend.append_kv(kv, rows.start, k, v, rows.skip, rows.count)
-        return self._linear(self.backend.attend(q, kv, rows.first, f.num_heads), f"{name}.o")
+        return self._linear(f"{name}.o", self.backend.attend(q, kv, rows.first, f.num_heads))
 
-    def _ffn(self, layer: int, x: Buffer, rows: Rows) -> Buffer:
-        f, name = self.facts, f"layers.{layer}.ffn"
-        gate = self._linear(x, f"{name}.{f.decision}")
-        signs = self.backend.positive(gate, rows.skip, rows.count) if self._predictor.wants_signs else None
-        selection = self._predictor.select(signs, f.intermediate_size, self._window)
+    def _ffn(self, layer: int, x: Buffer, residual: Buffer, rows: Rows) -> Buffer:
+        f, backend, bundle = self.facts, self.backend, self._bundles[layer]
+        guess = self._predictor.guess(layer, x, Span(rows.skip, rows.count))
+        selection = select(guess.needed, f.intermediate_size, self._window)
         needed = selection.needed
         tiles = decode_tiles(needed) if rows.total == 1 else prefill_tiles(needed, f.intermediate_size)
-        fired = self.backend.fire(gate, f.activation, tiles)
-        out = self.backend.zeros(rows.total, f.hidden_size)
-        for group in self.weights.neurons(layer, selection, tiles):
-            part = fired[group.first : group.last]
-            self.backend.ffn(out, x, part, group.memory, group.offsets, self.weights.bundle(layer))
-        bias = self.weights.vector(f"{name}.down.bias")
-        return out if bias is None else self.backend.add(out, bias)
+        gate = backend.zeros(rows.total, f.intermediate_size) if guess.gate is None else guess.gate
+        if guess.gate is not None:
+            self._limit(gate, guess, rows)
+        out = backend.zeros(rows.total, f.hidden_size)
+        for group in self.weights.neurons(layer, selection, tiles, partial(self._next, layer + 1, residual, rows)):
+            some = tiles[group.first : group.last]
+            if guess.gate is None:
+                backend.decide(gate, x, some, group.memory, group.offsets, bundle)
+                self._limit(gate, guess, rows)
+            fired = backend.fire(gate, f.activation, some)
+            backend.ffn(out, x, fired, group.memory, group.offsets, bundle)
+        if self.observer is not None:
+            self.observer.seen(layer, self._seen(x, gate, guess, rows))
+        bias = self.weights.vector(f"layers.{layer}.ffn.down.bias")
+        return out if bias is None else backend.add(out, bias)
+
+    def _next(self, layer: int, residual: Buffer, rows: Rows) -> Index | None:
+        """Whom the next layer will probably need: its predictor on what is known before this layer's output."""
+        if rows.total > 1 or layer >= self.facts.num_layers or not self.weights.looks_ahead:
+            return None
+        pre = self.facts.norm_position == "pre"
+        x = self._norm(residual, f"layers.{layer}.ffn.norm") if pre else residual
+        named = self._predictor.guess(layer, x, Span(0, 1)).needed
+        return None if named is None else np.flatnonzero(named[0])
+
+    def _limit(self, gate: Buffer, guess: Guess, rows: Rows) -> None:
+        """Take out who was read for another token of the step only. In decode nobody is, but of a known product."""
+        if guess.final and guess.needed is not None and (rows.total > 1 or guess.gate is not None):
+            self.backend.limit(gate, rows.skip, guess.needed)
+
+    def _seen(self, x: Buffer, gate: Buffer, guess: Guess, rows: Rows) -> Seen:
+        inputs, products = (self.backend.products(y, rows.skip, rows.count) for y in (x, gate))
+        if self.facts.sparse:
+            return Seen(inputs, products, products > 0, guess.needed)
+        active = np.ones(products.shape, dtype=bool) if guess.needed is None else guess.needed
+        return Seen(inputs, products, active, guess.needed)

@@ -19,12 +19,12 @@ from flashinfer.model.reads import Reads
 from flashinfer.model.stream import Piece, Stream
 from flashinfer.quant import codec_named
 from flashinfer.speed import multiplied
-from flashinfer.store import Manifest, TensorEntry
+from flashinfer.store import Manifest, TensorEntry, use_order
 
 Bytes = npt.NDArray[np.uint8]
 Index = npt.NDArray[np.int64]
-DENSE_FILE = 0
-"""The dense file's place among the reader's files."""
+FILES = {"dense": 0, "predictors": 2}
+"""Places of the files with tensors among the reader's files."""
 HEAD = frozenset({"project_out.weight", "embed.weight", "head.weight"})
 """Streamed matrices that only logits need (the embedding where it is the head, too)."""
 
@@ -49,23 +49,20 @@ class DenseWeights:
         self, manifest: Manifest, reader: Reader, backend: Backend, plan: Plan, ledger: Ledger, max_extent: int
     ) -> None:
         self._tensors, self._backend = manifest.tensors, backend
-        self._reads, self._alignment = Reads(reader, DENSE_FILE, "dense", ledger), reader.alignment
-        self._file = manifest.dense.name
+        self._reads = {name: Reads(reader, number, name, ledger) for name, number in FILES.items()}
+        self._alignment, self._manifest = reader.alignment, manifest
         self._max_extent, self._budget = max_extent, plan.piece
         self._vectors = {
             n: self._load_vector(n) for n, t in self._tensors.items() if len(t.shape) == 1 and t.codec != "i32"
         }
         self._resident = {name: self._load_matrix(name) for name in sorted(plan.resident)}
         streamed = [n for n in multiplied(manifest) if n not in self._resident]
-        # its own account of what is under way: rows that are looked up do not wait for it
-        stream = Reads(reader, DENSE_FILE, "dense", ledger)
-        self._blocks = {name: self._split(name, stream) for name in sorted(streamed, key=self._turn)}
+        # their own account of what is under way: rows that are looked up do not wait for it
+        stream = {name: Reads(reader, number, name, ledger) for name, number in FILES.items()}
+        order = sorted(use_order(manifest), key=lambda role: role == "embed.weight")  # last where it is the head
+        self._blocks = {name: self._split(name, stream[self._tensors[name].file]) for name in order if name in streamed}
         self._memory, self._ring = np.empty(0, dtype=np.uint8), 0
         self._stream: Stream | None = None
-
-    def _turn(self, role: str) -> tuple[bool, int]:
-        """When a matrix is used: in the order of the file, the embedding last where it is the head."""
-        return role == "embed.weight", self._tensors[role].offset
 
     def pieces(self) -> dict[str, list[Piece]]:
         """What is streamed, by matrix, in order of use."""
@@ -116,22 +113,23 @@ class DenseWeights:
 
     def _read_rows(self, tensor: TensorEntry, ids: Index) -> npt.NDArray[np.float32]:
         """One small read per row, all in flight at once."""
-        width = tensor.bytes // tensor.shape[0]
+        width, reads = tensor.bytes // tensor.shape[0], self._reads[tensor.file]
         plans = [self._range(tensor.offset + int(i) * width, width) for i in ids]
         starts = np.cumsum([0, *(p.extents.total for p in plans)])
         with AlignedBuffer(int(starts[-1])) as buffer:
             waiting = [
-                self._reads.submit(p.extents, buffer.array[a:b], width)
+                reads.submit(p.extents, buffer.array[a:b], width)
                 for p, a, b in zip(plans, starts[:-1], starts[1:], strict=True)
             ]
             for reading in waiting:
-                self._reads.wait(reading)
+                reads.wait(reading)
             rows = np.stack([buffer.array[a + p.place :][:width] for p, a in zip(plans, starts[:-1], strict=True)])
         return codec_named(tensor.codec).decode(rows)
 
     def close(self) -> None:
         """Drop the weights; reads in flight are awaited first."""
-        self._reads.settle()
+        for reads in self._reads.values():
+            reads.settle()
         self._resident.clear()
         self._vectors.clear()
         self._memory = np.empty(0, dtype=np.uint8)
@@ -157,14 +155,14 @@ class DenseWeights:
     def _read(self, role: str) -> tuple[AlignedBuffer, Bytes]:
         """A whole tensor, checked: what stays for good is worth a pass of the hash over it."""
         tensor = self._tensors[role]
-        plan = self._range(tensor.offset, tensor.bytes)
+        plan, reads = self._range(tensor.offset, tensor.bytes), self._reads[tensor.file]
         buffer = AlignedBuffer(plan.extents.total)
-        self._reads.wait(self._reads.submit(plan.extents, buffer.array, tensor.bytes))
+        reads.wait(reads.submit(plan.extents, buffer.array, tensor.bytes))
         raw = buffer.array[plan.place : plan.place + tensor.bytes]
         if xxhash.xxh3_128_hexdigest(raw.data) != tensor.xxh3:
             raise StoreError(
-                f"tensor {role} of {self._file} does not match its checksum; the file is damaged: "
-                "run `flashinfer verify` on the store, then pack it again"
+                f"tensor {role} of {self._manifest.file_of(tensor).name} does not match its checksum; the file is "
+                "damaged: run `flashinfer verify` on the store, then pack it again"
             )
         return buffer, raw
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +13,11 @@ from flashinfer.config import COPY_RECORDS, RunConfig
 from flashinfer.io import Reader, RecordPlan, cheapest, group_tiles, plan_range, plan_records
 from flashinfer.ledger import Ledger
 from flashinfer.memory import Mode, Plan
+from flashinfer.model.ahead import Guesses
 from flashinfer.model.arena import Arena, Bytes
 from flashinfer.model.reads import Reading, Reads
 from flashinfer.model.stream import Piece, Stream
-from flashinfer.model.weights import Group, decode_tiles
+from flashinfer.model.weights import Group, decode_tiles, no_guess
 from flashinfer.predict import Selection
 from flashinfer.store import Geometry
 
@@ -69,6 +70,9 @@ class NeuronStore:
             _Layer(geometry, self._make_policy(geometry.records, slots), base, slots)
             for geometry, slots, base in zip(geometries, plan.slots, arena.slots, strict=True)
         ]
+        self._guesses = Guesses(
+            geometries, reader, NEURON_FILE, run.io, arena.bytes, arena.guesses, plan.guess, ledger
+        ) if plan.guess else None  # fmt: skip
         self._place = np.zeros(max(g.records for g in geometries), dtype=np.int64)
         if mode == "cached":
             for layer in self._layers:
@@ -89,7 +93,7 @@ class NeuronStore:
 
     def close(self) -> None:
         """Wait for stray reads and let go of the arena."""
-        self._reads.settle()
+        self._settle()
         self._arena = np.empty(0, dtype=np.uint8)
 
     def pieces(self, layer: int) -> list[Piece]:
@@ -99,17 +103,27 @@ class NeuronStore:
     def read_from(self, stream: Stream) -> None:
         """Nothing is taken from the stream."""
 
-    def groups(self, index: int, selection: Selection, tiles: Index) -> Iterator[Group]:
+    def groups(
+        self, index: int, selection: Selection, tiles: Index, guess: Callable[[], Index | None] = no_guess
+    ) -> Iterator[Group]:
         """See `model.weights.Weights.neurons`. The cache has the selection's records when the last group is out."""
-        layer, g = self._layers[index], self._layers[index].geometry
+        g = self._layers[index].geometry
         recent = [g.records_of(neurons) for neurons in selection.recent]
-        yield from self._whole_step(layer, g.records_of(selection.needed), recent, tiles)
+        yield from self._whole_step(index, g.records_of(selection.needed), recent, tiles, guess)
 
-    def _whole_step(self, layer: _Layer, needed: Index, recent: list[Index], tiles: Index) -> Iterator[Group]:
+    def _settle(self) -> None:
+        self._reads.settle()
+        if self._guesses is not None:
+            self._guesses.settle()
+
+    def _whole_step(
+        self, index: int, needed: Index, recent: list[Index], tiles: Index, guess: Callable[[], Index | None] = no_guess
+    ) -> Iterator[Group]:
         """A step that is made to its end, or else leaves the layer as it was at the beginning."""
         self._reads.settle()
+        layer = self._layers[index]
         try:
-            yield from self._step(layer, needed, recent, tiles)
+            yield from self._step(index, needed, recent, tiles, guess)
         except BaseException:
             # Wherever it struck, bookkeeping and bytes may disagree now: this layer starts again, empty.
             layer.policy = self._make_policy(layer.geometry.records, layer.slots)
@@ -121,53 +135,84 @@ class NeuronStore:
 
     def warm(self, window: Sequence[Sequence[Index]]) -> None:
         """Bring back what `window` gave, as if those tokens had just been seen."""
-        for layer, sets in zip(self._layers, window, strict=False):
-            g = layer.geometry
+        for index, sets in enumerate(window[: len(self._layers)]):
+            g = self._layers[index].geometry
             recent = [np.unique(records[(records >= 0) & (records < g.records)]) for records in sets]
             wanted = np.zeros(g.records, dtype=bool)
             for records in recent:
                 wanted[records] = True
             if wanted.any():
                 neurons = np.flatnonzero(wanted[g.positions(np.arange(g.neurons)) // g.bundles_per_record])
-                for _ in self._whole_step(layer, np.flatnonzero(wanted), recent, decode_tiles(neurons)):
+                for _ in self._whole_step(index, np.flatnonzero(wanted), recent, decode_tiles(neurons)):
                     pass
 
     # -- one step
 
-    def _step(self, layer: _Layer, needed: Index, recent: list[Index], tiles: Index) -> Iterator[Group]:
+    def _step(
+        self, index: int, needed: Index, recent: list[Index], tiles: Index, guess: Callable[[], Index | None]
+    ) -> Iterator[Group]:
         """Decide, then read in batches: each is computed while the next one is read into the other half."""
+        layer, account = self._layers[index], self._ledger.current
         with self._ledger.managing():
-            geometry, account = layer.geometry, self._ledger.current
             change = layer.policy.step(needed, recent)
-            self._copy(layer, change.move_to, layer.base + change.move_from * geometry.record_bytes)
-            batches = self._batches(layer, change, tiles)
+            self._copy(layer, change.move_to, layer.base + change.move_from * layer.geometry.record_bytes)
             account.hits += len(needed) - len(change.misses)
             account.misses += len(change.misses)
-            account.useful_bytes += len(change.misses) * geometry.record_bytes
         arrived = np.zeros(len(change.insert_records), dtype=bool)
+        missing = self._guessed(index, change, arrived)
+        with self._ledger.managing():
+            batches = self._batches(layer, missing, tiles)
+            account.useful_bytes += len(missing) * layer.geometry.record_bytes
+        following: Index | None = None
         for i, batch in enumerate(batches):
             for ahead in batches[i : i + 2]:
                 self._submit(ahead)
+            if i == len(batches) - 1:
+                following = guess()
             if batch.reading is not None:
                 self._reads.wait(batch.reading)
+            if following is not None:
+                self._guess(index + 1, following)
             with self._ledger.managing():
                 self._insert(layer, change, batch, arrived)
                 offsets = self._offsets(layer, change, tiles[batch.first : batch.last], batch, arrived)
             yield Group(batch.first, batch.last, self._arena, offsets)
 
-    def _batches(self, layer: _Layer, change: Change, tiles: Index) -> list[_Batch]:
+    def _guess(self, index: int, neurons: Index) -> None:
+        """Read what of these has no slot before the layer asks for it."""
+        if self._guesses is not None and index < len(self._layers):
+            records = self._layers[index].geometry.records_of(neurons)
+            self._guesses.submit(index, records[self._layers[index].policy.slot_of[records] < 0])
+
+    def _guessed(self, index: int, change: Change, arrived: npt.NDArray[np.bool_]) -> Index:
+        """What of the misses must still be read. What had been guessed is there now, and in its slot if it stays."""
+        if self._guesses is None:
+            return change.misses
+        held, layer = self._guesses.take(index, change.misses), self._layers[index]
+        if not len(held.records):
+            return change.misses
+        with self._ledger.managing():
+            self._place[held.records] = held.places
+            there = np.zeros(layer.geometry.records, dtype=bool)
+            there[held.records] = True
+            here = np.flatnonzero(there[change.insert_records])
+            self._copy(layer, change.insert_slots[here], self._place[change.insert_records[here]])
+            arrived[here] = True
+            return change.misses[~there[change.misses]]
+
+    def _batches(self, layer: _Layer, missing: Index, tiles: Index) -> list[_Batch]:
         """Tiles grouped so that what each group misses fits into half of the staging buffer."""
         g, io = layer.geometry, self._run.io
         knobs = {
             "record_bytes": g.record_bytes, "offset": g.offset, "alignment": self._alignment,
             "max_extent": io.max_extent,
         }  # fmt: skip
-        found = [(0, len(tiles), plan_records(change.misses, **knobs, max_gap=io.max_gap))]
+        found = [(0, len(tiles), plan_records(missing, **knobs, max_gap=io.max_gap))]
         if found[0][2].extents.total > self._half:
-            missing = np.zeros(g.records, dtype=bool)
-            missing[change.misses] = True
+            wants = np.zeros(g.records, dtype=bool)
+            wants[missing] = True
             needed = [g.records_of(tile[tile >= 0]) for tile in tiles]
-            wanted = [records[missing[records]] for records in needed]
+            wanted = [records[wants[records]] for records in needed]
             found = group_tiles(wanted, budget=self._half, **knobs, max_gap=io.max_gap)
         if io.objective == "time":
             limits = knobs | {"in_flight": io.in_flight, "budget": self._half}

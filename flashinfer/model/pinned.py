@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from flashinfer.model.arena import Arena
 from flashinfer.model.neurons import NEURON_FILE, load_slots
 from flashinfer.model.reads import Reads
 from flashinfer.model.stream import Piece, Stream
-from flashinfer.model.weights import Group, decode_tiles
+from flashinfer.model.weights import Group, decode_tiles, no_guess
 from flashinfer.predict import Selection
 from flashinfer.store import Geometry
 
@@ -77,8 +77,10 @@ class PinnedNeurons:
     def close(self) -> None:
         """Nothing is under way but what the stream awaits."""
 
-    def groups(self, layer: int, selection: Selection, tiles: Index) -> Iterator[Group]:
-        """See `model.weights.Weights.neurons`; `tiles` are all neurons in order."""
+    def groups(
+        self, layer: int, selection: Selection, tiles: Index, guess: Callable[[], Index | None] = no_guess
+    ) -> Iterator[Group]:
+        """See `model.weights.Weights.neurons`; `tiles` are all neurons in order. Nothing is left to guess."""
         assert len(selection.needed) == self._geometries[layer].neurons
         records, account = self._geometries[layer].records, self._ledger.current
         account.hits += self._slots[layer]

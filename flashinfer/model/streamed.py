@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from flashinfer.backend import Backend, Bundle, Part
+from flashinfer.choice import Choice
 from flashinfer.config import RunConfig
-from flashinfer.errors import StoreError
 from flashinfer.io import Reader
 from flashinfer.ledger import Ledger
 from flashinfer.memory import Mode, Plan, needs_all
@@ -18,21 +18,18 @@ from flashinfer.model.dense import HEAD, DenseWeights
 from flashinfer.model.neurons import NeuronStore
 from flashinfer.model.pinned import PinnedNeurons
 from flashinfer.model.stream import Piece, Stream
-from flashinfer.model.weights import Group
+from flashinfer.model.weights import Group, no_guess
 from flashinfer.predict import Selection
-from flashinfer.store import Geometry, Manifest, NeuronLayer
+from flashinfer.store import Facts, Geometry, Manifest, NeuronLayer
 
 Index = npt.NDArray[np.int64]
 
 
-def bundle_of(layer: NeuronLayer) -> Bundle:
-    """The backend's view of a bundle. Raises StoreError for a decision matrix this version cannot use."""
-    parts = {p.role: Part(p.offset, p.elements, p.codec) for p in layer.parts}
-    if layer.decision != "separate" or "gate.weight" in parts:
-        raise StoreError(
-            "the decision matrix of this store is bundled, which exact selection cannot use; pack it again"
-        )
-    return Bundle(layer.bundle_bytes, parts["down.weight"], parts.get("up.weight"), parts.get("up.bias"))
+def bundle_of(layer: NeuronLayer, facts: Facts) -> Bundle:
+    """The backend's view of a bundle."""
+    parts: dict[str, Part] = {p.role: Part(p.offset, p.elements, p.codec) for p in layer.parts}
+    decision = [parts.pop(f"{facts.decision}.{kind}", None) for kind in ("weight", "bias")]
+    return Bundle(layer.bundle_bytes, parts["down.weight"], parts.get("up.weight"), parts.get("up.bias"), *decision)
 
 
 def in_order(dense: Mapping[str, Sequence[Piece]], neurons: Sequence[Sequence[Piece]]) -> list[Piece]:
@@ -58,14 +55,15 @@ class StreamedWeights:
         plan: Plan,
         run: RunConfig,
         mode: Mode,
+        choice: Choice,
         ledger: Ledger,
     ) -> None:
         self.backend = backend
-        self._bundles = [bundle_of(layer) for layer in manifest.layers]
+        self._bundles = [bundle_of(layer, manifest.facts) for layer in manifest.layers]
         self._dense = DenseWeights(manifest, reader, backend, plan, ledger, run.io.max_extent)
         self._arena = Arena(manifest, geometries, plan)
         self._neurons: NeuronStore | PinnedNeurons
-        if needs_all(manifest, mode):
+        if needs_all(manifest, choice, mode):
             self._neurons = PinnedNeurons(geometries, reader, plan, run, ledger, self._arena)
         else:
             self._neurons = NeuronStore(geometries, reader, plan, run, mode, ledger, self._arena)
@@ -73,6 +71,8 @@ class StreamedWeights:
         self._stream = Stream(self._arena.bytes[self._arena.ring :], pieces)
         self._dense.read_from(self._stream, self._arena.bytes, self._arena.ring)
         self._neurons.read_from(self._stream)
+        predictors = {role for role, t in manifest.tensors.items() if t.file == "predictors" and len(t.shape) == 2}
+        self.looks_ahead = plan.guess > 0 and predictors <= plan.resident  # out of turn, nothing may be streamed
         self.vector = self._dense.vector
         self.has = self._dense.has
         self.rows_of = self._dense.rows_of
@@ -97,9 +97,11 @@ class StreamedWeights:
         """What a bundle of that layer looks like."""
         return self._bundles[layer]
 
-    def neurons(self, layer: int, selection: Selection, tiles: Index) -> Iterator[Group]:
+    def neurons(
+        self, layer: int, selection: Selection, tiles: Index, guess: Callable[[], Index | None] = no_guess
+    ) -> Iterator[Group]:
         """See `model.weights.Weights.neurons`."""
-        return self._neurons.groups(layer, selection, tiles)
+        return self._neurons.groups(layer, selection, tiles, guess)
 
     def close(self) -> None:
         """Drop all weights. Nothing is in flight afterwards."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +23,11 @@ def decode_tiles(needed: Index) -> Index:
     return tiles
 
 
+def no_guess() -> Index | None:
+    """Nothing is known of the next layer."""
+    return None
+
+
 @dataclass(frozen=True)
 class Group:
     """Tiles first .. last whose neurons' bytes are in `memory` now, at `offsets` `[last - first, TILE_NEURONS]`.
@@ -40,6 +45,8 @@ class Weights(Protocol):
     """All weights of one model, by role (`docs/format.md`), on one backend."""
 
     backend: Backend
+    looks_ahead: bool
+    """Whether guesses about the next layer are of use."""
 
     def vector(self, role: str) -> Buffer | None:
         """A resident float32 vector, or None where the model has none."""
@@ -66,7 +73,13 @@ class Weights(Protocol):
         """What a bundle of that layer looks like."""
         ...
 
-    def neurons(self, layer: int, selection: Selection, tiles: Index) -> Iterator[Group]:
+    def neurons(
+        self, layer: int, selection: Selection, tiles: Index, guess: Callable[[], Index | None] = no_guess
+    ) -> Iterator[Group]:
         """The bundles of the selected neurons. `tiles` `[n, TILE_NEURONS]`: original indices, -1 for padding or
-        for a neuron nobody needs (its bytes read as zeros). Groups come in tile order and cover every tile once."""
+        for a neuron nobody needs (its bytes read as zeros). Groups come in tile order and cover every tile once.
+
+        guess: called at most once, while reads are under way: the neurons that the next layer will probably need
+        (sorted), which may then be read before they are asked for; None where there is no telling.
+        """
         ...

@@ -25,7 +25,22 @@ class Engine:
     def scratch_bytes(self) -> int:
         """Bytes of activations and pointers kept between calls."""
     def linear(self, out: _Floats, first: int, x: _Floats, weights: _Bytes, codec: int, rows: int, cols: int) -> None:
-        """`out[:, first : first + rows] = x @ weights.T`; codec 0: f32, 1: f16, 2: bf16."""
+        """`out[:, first : first + rows] = x @ weights.T`; codec 0: f32, 1: f16, 2: bf16, 3: int8."""
+    def decide(
+        self,
+        out: _Floats,
+        x: _Floats,
+        index: _Index,
+        memory: _Bytes,
+        offsets: _Index,
+        bundle: int,
+        rows: int,
+        rows_at: int,
+        bias: int,
+        bias_at: int,
+    ) -> None:
+        """See `Backend.decide`. A bundle has `bundle` bytes; its parts are (codec, byte offset), below 0: none. Every
+        offset must lie in the memory, those whose index is negative, too."""
     def ffn(
         self,
         acc: _Floats,

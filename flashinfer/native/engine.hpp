@@ -6,6 +6,7 @@
 
 #include "pool.hpp"
 #include "table.hpp"
+#include "work.hpp"
 
 namespace flashinfer {
 
@@ -40,6 +41,14 @@ struct Neurons {
     Part up, up_bias, down;
 };
 
+// Decision rows in bundles; those whose index is negative are left out.
+struct Decision {
+    const std::uint8_t* memory;
+    const std::int64_t *index, *offsets;  // [count]
+    long count;
+    Part rows, bias;
+};
+
 struct KeyValues {
     const std::uint8_t *k, *v;  // [heads, capacity, dim]
     Codec codec;
@@ -53,6 +62,9 @@ class Engine {
     // out[t, :rows] = x[t] @ weights.T; rows of `out` lie `out_stride` apart.
     void linear(float* out, long out_stride, const float* x, long tokens, const std::uint8_t* weights, Codec codec,
                 long rows, long cols);
+
+    // out[t, index] = x[t] . row + bias for each row, with the bits of `linear`; rows of `out` hold `neurons` values.
+    void decide(float* out, long neurons, const float* x, long tokens, long width, const Decision& decision);
 
     // acc[t] += what the neurons give for x[t], one neuron after the other.
     void ffn(float* acc, const float* x, long tokens, long width, const Neurons& neurons);
@@ -83,8 +95,13 @@ class Engine {
     void attend_some(float* out, const float* q, long tokens, const KeyValues& kv, long first, long heads, long head,
                      float* scratch);
 
-    // Whether so many multiply-adds are worth waking a thread for.
-    template <class F> void spread(long tasks, long work, const F& f);
+    // f(task, worker) for each task; `work` counts multiply-adds: whether they are worth waking a thread for.
+    template <class F> void spread(long tasks, long work, const F& f) {
+        if (work < WORTH_A_THREAD)
+            for (long task = 0; task < tasks; task++) f(int(task), 0);
+        else
+            pool_.run(int(tasks), f);
+    }
 
     const Table& table_;
     Pool pool_;

@@ -31,5 +31,5 @@ flashinfer_kernels(avx2 "defined(__x86_64__)" -mavx2 -mfma -mf16c)
 flashinfer_kernels(neon "defined(__aarch64__)")
 flashinfer_kernels(portable "1")
 
-flashinfer_module(_kernels kernels_module.cpp engine.cpp pool.cpp variants.cpp ${kernel_objects})
+flashinfer_module(_kernels kernels_module.cpp engine.cpp feedforward.cpp pool.cpp variants.cpp ${kernel_objects})
 target_compile_definitions(_kernels PRIVATE ${kernel_defines})

@@ -31,7 +31,7 @@ void require(bool holds, const char* what) {
 }
 
 Codec codec_of(int number) {
-    require(number >= 0 && number <= int(Codec::bf16), "no such codec");
+    require(number >= 0 && number <= int(Codec::int8), "no such codec");
     return Codec(number);
 }
 
@@ -57,11 +57,43 @@ void construct(Engine* self, int threads, const std::string& name) {
 
 void linear(Engine& self, Floats out, long first, ConstFloats x, Bytes weights, int codec, long rows, long cols) {
     const Codec c = codec_of(codec);
-    require(rows >= 0 && cols >= 1 && long(weights.size()) >= rows * cols * codec_bytes(c), "weights: too few bytes");
+    require(rows >= 0 && cols >= 1 && long(weights.size()) >= rows * row_bytes(c, cols), "weights: too few bytes");
     require(long(x.shape(1)) == cols && x.shape(0) == out.shape(0), "x does not fit the weights or out");
     require(first >= 0 && first + rows <= long(out.shape(1)), "out has no place for these rows");
     nb::gil_scoped_release free;
     self.linear(out.data() + first, out.shape(1), x.data(), x.shape(0), weights.data(), c, rows, cols);
+}
+
+void require_row(const Part& part, long values, long bundle) {
+    require(part.offset < 0 || part.offset + row_bytes(part.codec, values) <= bundle, "a part ends behind its bundle");
+}
+
+void require_bias(const Part& part, long bundle) {
+    require(part.offset < 0 || part.codec != Codec::int8, "a bias is not int8");
+    require_row(part, 1, bundle);
+}
+
+void require_bundles(const Bytes& memory, const Index& offsets, long bundle) {
+    const std::int64_t last = std::int64_t(memory.size()) - bundle;
+    for (size_t i = 0; i < offsets.size(); i++)
+        require(offsets.data()[i] >= 0 && offsets.data()[i] <= last, "a bundle lies outside of the memory");
+}
+
+void decide(Engine& self, Floats out, ConstFloats x, Index index, Bytes memory, Index offsets, long bundle, int rows,
+            long rows_at, int bias, long bias_at) {
+    const long width = x.shape(1), neurons = out.shape(1);
+    const Part parts[] = {{codec_of(rows), rows_at}, {codec_of(bias), bias_at}};
+    require(rows_at >= 0, "a bundle needs its decision row");
+    require_row(parts[0], width, bundle);
+    require_bias(parts[1], bundle);
+    require(x.shape(0) == out.shape(0), "out and x differ in tokens");
+    require(index.shape(0) == offsets.shape(0) && index.shape(1) == offsets.shape(1),
+            "index and offsets differ in shape");
+    for (size_t i = 0; i < index.size(); i++) require(index.data()[i] < neurons, "an index beyond the neurons");
+    require_bundles(memory, offsets, bundle);
+    nb::gil_scoped_release free;
+    self.decide(out.data(), neurons, x.data(), x.shape(0), width,
+                {memory.data(), index.data(), offsets.data(), long(index.size()), parts[0], parts[1]});
 }
 
 // Parts are (codec, byte offset in the bundle), the offset below 0 where there is none.
@@ -69,17 +101,14 @@ void ffn(Engine& self, Floats acc, ConstFloats x, Array<const float, 3> fired, B
          int up, long up_at, int bias, long bias_at, int down, long down_at) {
     const long tokens = x.shape(0), width = x.shape(1);
     const Part parts[] = {{codec_of(up), up_at}, {codec_of(bias), bias_at}, {codec_of(down), down_at}};
-    for (const Part& part : parts) {
-        const long values = &part == &parts[1] ? 1 : width;
-        require(part.offset < 0 || part.offset + values * codec_bytes(part.codec) <= bundle, "a part ends behind its bundle");
-    }
+    require_row(parts[0], width, bundle);
+    require_bias(parts[1], bundle);
+    require_row(parts[2], width, bundle);
     require(down_at >= 0, "a bundle needs its down row");
     require(long(acc.shape(0)) == tokens && long(acc.shape(1)) == width, "acc and x differ in shape");
     require(fired.shape(0) == offsets.shape(0) && long(fired.shape(1)) == tokens && fired.shape(2) == offsets.shape(1) &&
                 fired.shape(2) <= 64, "fired does not fit x and offsets");
-    const std::int64_t last = std::int64_t(memory.size()) - bundle;
-    for (size_t i = 0; i < offsets.size(); i++)
-        require(offsets.data()[i] >= 0 && offsets.data()[i] <= last, "a bundle lies outside of the memory");
+    require_bundles(memory, offsets, bundle);
     nb::gil_scoped_release free;
     self.ffn(acc.data(), x.data(), tokens, width,
              {fired.data(), memory.data(), offsets.data(), long(fired.shape(0)), long(fired.shape(2)), parts[0],
@@ -157,6 +186,8 @@ NB_MODULE(_kernels, m) {
         // noconvert: a converted copy of an output would swallow the result
         .def("linear", linear, "out"_a.noconvert(), "first"_a, "x"_a.noconvert(), "weights"_a.noconvert(), "codec"_a,
              "rows"_a, "cols"_a)
+        .def("decide", decide, "out"_a.noconvert(), "x"_a.noconvert(), "index"_a.noconvert(), "memory"_a.noconvert(),
+             "offsets"_a.noconvert(), "bundle"_a, "rows"_a, "rows_at"_a, "bias"_a, "bias_at"_a)
         .def("ffn", ffn, "acc"_a.noconvert(), "x"_a.noconvert(), "fired"_a.noconvert(), "memory"_a.noconvert(),
              "offsets"_a.noconvert(), "bundle"_a, "up"_a, "up_at"_a, "bias"_a, "bias_at"_a, "down"_a, "down_at"_a)
         .def("append", append, "cache"_a.noconvert(), "at"_a, "x"_a.noconvert(), "skip"_a, "count"_a)

@@ -17,14 +17,15 @@
 #include <arm_neon.h>
 #endif
 
-#define FLASHINFER_INLINE static inline __attribute__((always_inline))
+#define FLASHINFER_METHOD inline __attribute__((always_inline))
+#define FLASHINFER_INLINE static FLASHINFER_METHOD
 
 namespace flashinfer::FLASHINFER_ISA {
 
 constexpr int LANES = 16;
 using Raw = const std::uint8_t*;
 
-template <Codec C> constexpr long SIZE = C == Codec::f32 ? 4 : 2;
+template <Codec C> constexpr long SIZE = value_bytes(C);
 
 #if defined(FLASHINFER_AVX512)
 
@@ -55,12 +56,15 @@ template <Codec C> FLASHINFER_INLINE Lanes widened(__m256i half) {
     if constexpr (C == Codec::f16) return {_mm512_cvtph_ps(half)};
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
 }
+FLASHINFER_INLINE Lanes integers(__m128i bytes) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))}; }
 template <Codec C> FLASHINFER_INLINE Lanes load(Raw p) {
     if constexpr (C == Codec::f32) return {_mm512_loadu_ps(p)};
+    else if constexpr (C == Codec::int8) return integers(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     else return widened<C>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 template <Codec C> FLASHINFER_INLINE Lanes load_part(Raw p, int n) {
     if constexpr (C == Codec::f32) return {_mm512_maskz_loadu_ps((1u << n) - 1, p)};
+    else if constexpr (C == Codec::int8) return integers(_mm_maskz_loadu_epi8((1u << n) - 1, p));
     else return widened<C>(_mm256_maskz_loadu_epi16((1u << n) - 1, p));
 }
 FLASHINFER_INLINE void store_half(std::uint8_t* p, Lanes a) {
@@ -100,6 +104,8 @@ FLASHINFER_INLINE Lanes exponent(Lanes t) { return {exponent_half(t.a), exponent
 
 template <Codec C> FLASHINFER_INLINE __m256 load_half(Raw p) {
     if constexpr (C == Codec::f32) return _mm256_loadu_ps(reinterpret_cast<const float*>(p));
+    if constexpr (C == Codec::int8)
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
     __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     if constexpr (C == Codec::f16) return _mm256_cvtph_ps(half);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
@@ -143,7 +149,14 @@ template <Codec C> FLASHINFER_INLINE float32x4_t load_quarter(Raw p) {
     if constexpr (C == Codec::f16) return vcvt_f32_f16(vreinterpret_f16_u16(half));
     return vreinterpretq_f32_u32(vshll_n_u16(half, 16));
 }
-template <Codec C> FLASHINFER_INLINE Lanes load(Raw p) { FLASHINFER_EACH(load_quarter<C>(p + i * 4 * SIZE<C>)); }
+FLASHINFER_INLINE Lanes integers(int8x16_t bytes) {
+    int16x8_t wide[2] = {vmovl_s8(vget_low_s8(bytes)), vmovl_s8(vget_high_s8(bytes))};
+    FLASHINFER_EACH(vcvtq_f32_s32(vmovl_s16(i % 2 ? vget_high_s16(wide[i / 2]) : vget_low_s16(wide[i / 2]))));
+}
+template <Codec C> FLASHINFER_INLINE Lanes load(Raw p) {
+    if constexpr (C == Codec::int8) return integers(vreinterpretq_s8_u8(vld1q_u8(p)));
+    else { FLASHINFER_EACH(load_quarter<C>(p + i * 4 * SIZE<C>)); }
+}
 #undef FLASHINFER_EACH
 FLASHINFER_INLINE void store_half(std::uint8_t* p, Lanes a) {
     for (int i = 0; i < 4; i++) vst1_u8(p + 8 * i, vreinterpret_u8_f16(vcvt_f16_f32(a.v[i])));
@@ -210,6 +223,8 @@ template <Codec C> FLASHINFER_INLINE Lanes load(Raw p) {
     for (int i = 0; i < LANES; i++) {
         if constexpr (C == Codec::f32) {
             std::memcpy(&r.v[i], p + 4 * i, 4);
+        } else if constexpr (C == Codec::int8) {
+            r.v[i] = float(std::int8_t(p[i]));
         } else {
             std::uint16_t half;
             std::memcpy(&half, p + 2 * i, 2);

@@ -5,16 +5,31 @@
 
 namespace flashinfer {
 
-enum class Codec : int { f32, f16, bf16 };
+enum class Codec : int { f32, f16, bf16, int8 };
 enum class Activation : int { relu, relu2, silu, gelu, gelu_tanh, gelu_quick };
 
-constexpr long codec_bytes(Codec codec) { return codec == Codec::f32 ? 4 : 2; }
+constexpr long GROUP = 32;  // columns of int8 that share a scale
+constexpr long value_bytes(Codec codec) { return codec == Codec::f32 ? 4 : codec == Codec::int8 ? 1 : 2; }
+
+// An int8 row is its float16 scales, then its integers, both in whole blocks; other rows are their values.
+constexpr long row_bytes(Codec codec, long columns) {
+    return codec == Codec::int8 ? (columns + GROUP - 1) / GROUP * (GROUP + 2) : columns * value_bytes(codec);
+}
+// Where in a row what belongs to a column begins, a multiple of GROUP: its scale, or its value.
+constexpr long column_at(Codec codec, long column) {
+    return codec == Codec::int8 ? column / GROUP * 2 : column * value_bytes(codec);
+}
+// How far behind that its integer lies.
+constexpr long integers_at(Codec codec, long columns, long column = 0) {
+    return codec == Codec::int8 ? (columns + GROUP - 1) / GROUP * 2 + column - column / GROUP * 2 : 0;
+}
 
 // Rows of weights anywhere in memory, unaligned. `ahead` more follow in `at`: they come next, and may be prefetched.
 struct Rows {
     const std::uint8_t* const* at;
     int count;
     int ahead;
+    long integers = 0;  // of int8: bytes from the first scale to the first integer
 };
 
 struct Table {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,10 +20,8 @@ from flashinfer.pack.stream import layer_chunks, tensor_chunks
 from flashinfer.store.dense import write_dense
 from flashinfer.store.manifest import FileEntry, Manifest
 from flashinfer.store.neurons import write_neurons
+from flashinfer.store.progress import Meter, Progress
 from flashinfer.store.writer import StoreWriter
-
-Progress = Callable[[int, int], None]
-"""Told bytes written and bytes in all."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def pack(
     try:
         plan = _plan(source, layout, options)
         with StoreWriter(Path(store), need=plan.need, force=force) as writer:
-            manifest = _write(source, plan, writer, _Meter(plan.data_bytes, progress))
+            manifest = _write(source, plan, writer, Meter(plan.data_bytes, progress))
             writer.commit(manifest)
     finally:
         source.close()
@@ -96,20 +94,6 @@ def pack(
     )
 
 
-class _Meter:
-    """Counts the bytes that pass through and tells whoever asked."""
-
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self.done, self.total, self.progress = 0, total, progress
-
-    def __call__(self, chunks: Iterable[memoryview]) -> Iterator[memoryview]:
-        for chunk in chunks:
-            yield chunk
-            self.done += chunk.nbytes
-            if self.progress is not None:
-                self.progress(self.done, self.total)
-
-
 def _plan(source: Checkpoint, layout: str | Path | Layout | None, options: PackOptions) -> PackPlan:
     if layout is None:
         layout = find_layout(source.config, source.tensors)
@@ -119,7 +103,7 @@ def _plan(source: Checkpoint, layout: str | Path | Layout | None, options: PackO
     return plan_pack(source, match, options)
 
 
-def _write(source: Checkpoint, plan: PackPlan, writer: StoreWriter, meter: _Meter) -> Manifest:
+def _write(source: Checkpoint, plan: PackPlan, writer: StoreWriter, meter: Meter) -> Manifest:
     """All data files; returns the manifest with their names and checksums."""
     draft, sources = plan.draft, plan.match.sources
 
@@ -142,7 +126,7 @@ def _write(source: Checkpoint, plan: PackPlan, writer: StoreWriter, meter: _Mete
     return msgspec.structs.replace(draft, dense=dense, neurons=neurons, tensors=tensors, layers=layers, text=text)
 
 
-def _copy_text(path: Path, name: str, writer: StoreWriter, meter: _Meter) -> FileEntry:
+def _copy_text(path: Path, name: str, writer: StoreWriter, meter: Meter) -> FileEntry:
     def chunks() -> Iterator[memoryview]:
         try:
             with path.open("rb") as source:

@@ -14,15 +14,17 @@ from flashinfer.checkpoint import Checkpoint
 from flashinfer.config import FILE_ALIGNMENT
 from flashinfer.errors import CheckpointError
 from flashinfer.layout import Match
-from flashinfer.quant import CODECS
 from flashinfer.store.dense import DensePlan, DenseTensor, plan_dense
 from flashinfer.store.facts import Facts
-from flashinfer.store.geometry import ASSUMED_DENSITY, choose_bundles_per_record, round_up
+from flashinfer.store.geometry import round_up
 from flashinfer.store.manifest import FORMAT, NO_HASH, VERSION, FileEntry, Manifest, NeuronLayer, encode_manifest
-from flashinfer.store.neurons import BundlePart, PartRole, bundle_size, file_size, place_parts, plan_layer
-from flashinfer.store.roles import bundle_parts, ffn_role, order_role, role_shapes
+from flashinfer.store.neurons import BundlePart, PartRole, file_size, plan_layers
+from flashinfer.store.roles import all_roles, bundle_parts, ffn_role, order_role, role_shapes
 
 Order = npt.NDArray[np.int32]
+
+WEIGHT_CODECS = ("f32", "f16", "bf16")
+"""What weights may be packed as; `int8` is for the sketches and factors that predictors add."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,10 @@ def plan_pack(source: Checkpoint, match: Match, options: PackOptions) -> PackPla
 
 
 def _check_options(options: PackOptions, facts: Facts) -> None:
-    if options.quant is not None and options.quant not in CODECS:
+    if options.quant is not None and options.quant not in WEIGHT_CODECS:
+        known = ", ".join(WEIGHT_CODECS)
         raise CheckpointError(
-            f"quant {options.quant!r} is not known; choose {', '.join(CODECS)}, or none to keep each tensor's type"
+            f"quant {options.quant!r} is not known; choose {known}, or none to keep each tensor's type"
         )
     a, count = options.alignment, options.bundles_per_record
     if not 512 <= a <= FILE_ALIGNMENT or a & (a - 1):
@@ -110,7 +113,7 @@ def _orders(permutation: Sequence[npt.ArrayLike] | None, facts: Facts) -> dict[s
 def _codec(source: Checkpoint, name: str, quant: str | None) -> str:
     """Codec of a tensor: vectors are f32; matrices as asked, or as they are."""
     info = source.tensors[name]
-    if info.dtype not in CODECS:
+    if info.dtype not in WEIGHT_CODECS:
         raise CheckpointError(
             f"tensor {name} is {info.dtype}; F32, F16 and BF16 can be packed: convert the checkpoint to one of them"
         )
@@ -120,16 +123,15 @@ def _codec(source: Checkpoint, name: str, quant: str | None) -> str:
 def _dense_tensors(
     source: Checkpoint, match: Match, options: PackOptions, orders: dict[str, Order], bundled: set[str]
 ) -> list[DenseTensor]:
-    """In the order a token uses them: the permutation comes last of its layer."""
+    """In the order a token uses them."""
     tensors = []
-    after = {ffn_role(i, "down.bias"): order_role(i) for i in range(match.facts.num_layers)}
-    for role, shape in role_shapes(match.facts).items():
+    shapes = role_shapes(match.facts)
+    for role in all_roles(match.facts):
         name = match.sources.get(role)
-        if name is not None and role not in bundled:
-            tensors.append(DenseTensor(role, _codec(source, name, options.quant), shape, name))
-        order = after.get(role)
-        if order in orders:
-            tensors.append(DenseTensor(order, "i32", orders[order].shape, ""))
+        if role in orders:
+            tensors.append(DenseTensor(role, "i32", orders[role].shape, ""))
+        elif name is not None and role not in bundled:
+            tensors.append(DenseTensor(role, _codec(source, name, options.quant), shapes[role], name))
     return tensors
 
 
@@ -137,33 +139,29 @@ def _plan_layers(
     source: Checkpoint, match: Match, options: PackOptions, orders: dict[str, Order]
 ) -> tuple[NeuronLayer, ...]:
     facts = match.facts
-    layers: list[NeuronLayer] = []
+    parts = []
     for i in range(facts.num_layers):
         biases = {b for b in ("gate.bias", "up.bias") if ffn_role(i, b) in match.sources}
-        parts = []
-        for role in bundle_parts(facts, options.decision, biases):
-            name = match.sources[ffn_role(i, role)]
-            elements = 1 if role.endswith(".bias") else facts.hidden_size
-            parts.append(BundlePart(cast(PartRole, role), _codec(source, name, options.quant), elements, name))
-        placed = place_parts(parts)
-        count = options.bundles_per_record or choose_bundles_per_record(
-            bundle_size(placed),
-            neurons=facts.intermediate_size,
-            alignment=options.alignment,
-            density=ASSUMED_DENSITY if facts.sparse else 1.0,
+        sources = {role: match.sources[ffn_role(i, role)] for role in bundle_parts(facts, options.decision, biases)}
+        parts.append(
+            [
+                BundlePart(
+                    cast(PartRole, role),
+                    _codec(source, name, options.quant),
+                    1 if role.endswith(".bias") else facts.hidden_size,
+                    name,
+                )
+                for role, name in sources.items()
+            ]
         )
-        layers.append(
-            plan_layer(
-                placed,
-                neurons=facts.intermediate_size,
-                decision=options.decision,
-                bundles_per_record=count,
-                alignment=options.alignment,
-                offset=file_size(layers),
-                permutation=order_role(i) if order_role(i) in orders else None,
-            )
-        )
-    return tuple(layers)
+    return plan_layers(
+        facts,
+        parts,
+        decision=options.decision,
+        bundles_per_record=[options.bundles_per_record] * facts.num_layers,
+        alignment=options.alignment,
+        permuted=orders,
+    )
 
 
 def _draft_file(stem: str, suffix: str, size: int) -> FileEntry:

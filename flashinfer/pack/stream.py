@@ -9,12 +9,11 @@ import numpy.typing as npt
 
 from flashinfer.checkpoint import Checkpoint
 from flashinfer.checkpoint.base import Words
-from flashinfer.config import COPY_CHUNK, PACK_BLOCK
+from flashinfer.config import COPY_CHUNK
 from flashinfer.errors import CheckpointError
 from flashinfer.quant import codec_named
 from flashinfer.store.manifest import NeuronLayer, PartEntry
-
-Bytes = npt.NDArray[np.uint8]
+from flashinfer.store.neurons import Bytes, Chosen, record_chunks
 
 _EXPONENT = {"f32": 0x7F800000, "f16": 0x7C00, "bf16": 0x7F80}
 """Bits that are all set in infinities and NaNs, and in nothing else."""
@@ -44,27 +43,12 @@ def layer_chunks(source: Checkpoint, layer: NeuronLayer, order: npt.NDArray[np.i
     Raises:
         CheckpointError: as `tensor_chunks`.
     """
-    per, width = layer.bundles_per_record, layer.bundle_bytes
-    step = min(layer.records, max(1, PACK_BLOCK // layer.record_bytes))
-    buffer = np.zeros((step, layer.record_bytes), dtype=np.uint8)
     for part in layer.parts:
         source.will_need(part.source)
-    for first in range(0, layer.records, step):
-        block = buffer[: min(step, layer.records - first)]
-        start, stop = first * per, min(layer.neurons, (first + len(block)) * per)
-        if stop - start < len(block) * per:
-            block[-1] = 0
-        chosen = slice(start, stop) if order is None else order[start:stop].astype(np.int64)
-        for part in layer.parts:
-            encoded = _part(source, part, chosen)
-            for place in range(per):
-                at = place * width + part.offset
-                rows = encoded[place::per]
-                block[: len(rows), at : at + encoded.shape[1]] = rows
-        yield block.data.cast("B")
+    return record_chunks(layer, order, lambda chosen: ((part, _part(source, part, chosen)) for part in layer.parts))
 
 
-def _part(source: Checkpoint, part: PartEntry, chosen: slice | npt.NDArray[np.int64]) -> Bytes:
+def _part(source: Checkpoint, part: PartEntry, chosen: Chosen) -> Bytes:
     """One part of the bundles of the chosen neurons: `[neurons, bytes]`."""
     name = part.source
     words: Words

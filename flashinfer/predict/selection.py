@@ -1,15 +1,15 @@
-"""Selections from the decision product, and the two predictors that cannot be wrong."""
+"""Selections: what a step asks of the cache, from what its tokens need."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from flashinfer.predict.base import Mask
+
 Index = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -24,34 +24,11 @@ class Selection:
     recent: tuple[Index, ...] = ()
 
 
-class Predictor(Protocol):
-    """Names the active set. `wants_signs` says whether `positive` must be given."""
-
-    wants_signs: bool
-
-    def select(self, positive: Mask | None, neurons: int, window: int) -> Selection:
-        """positive: `[tokens, neurons]`, the sign of the decision product; window: how many of the last
-        tokens' own sets the cache looks at."""
-        ...
-
-
-class Exact:
-    """Activations that vanish on non-positive inputs (ReLU family): the sign decides, nothing is guessed."""
-
-    wants_signs = True
-
-    def select(self, positive: Mask | None, neurons: int, window: int) -> Selection:
-        assert positive is not None
-        if len(positive) == 1:
-            return Selection(np.flatnonzero(positive[0]))
-        recent = tuple(np.flatnonzero(row) for row in positive[max(0, len(positive) - window) :])
-        return Selection(np.flatnonzero(positive.any(axis=0)), recent)
-
-
-class Everything:
-    """Every neuron: activations that are never zero, and the naive baseline."""
-
-    wants_signs = False
-
-    def select(self, positive: Mask | None, neurons: int, window: int) -> Selection:
+def select(needed: Mask | None, neurons: int, window: int) -> Selection:
+    """needed: `[tokens, neurons]`, None for all; window: how many of the last tokens' own sets the cache looks at."""
+    if needed is None:
         return Selection(np.arange(neurons))
+    if len(needed) == 1:
+        return Selection(np.flatnonzero(needed[0]))
+    recent = tuple(np.flatnonzero(row) for row in needed[max(0, len(needed) - window) :])
+    return Selection(np.flatnonzero(needed.any(axis=0)), recent)

@@ -33,8 +33,8 @@ class Float32:
     def encode(self, rows: F32) -> Bytes:
         return np.ascontiguousarray(rows, dtype="<f4").view(np.uint8)
 
-    def decode(self, data: Bytes) -> F32:
-        return np.ascontiguousarray(data).view("<f4").astype(np.float32, copy=False)
+    def decode(self, data: Bytes, elements: int | None = None) -> F32:
+        return np.ascontiguousarray(data).view("<f4").astype(np.float32, copy=False)[..., :elements]
 
 
 class Float16:
@@ -52,8 +52,8 @@ class Float16:
             raise OverflowError("a value lies beyond 65504, the range of f16; use bf16 or f32")
         return half.view(np.uint8)
 
-    def decode(self, data: Bytes) -> F32:
-        return np.ascontiguousarray(data).view("<f2").astype(np.float32)
+    def decode(self, data: Bytes, elements: int | None = None) -> F32:
+        return np.ascontiguousarray(data).view("<f2").astype(np.float32)[..., :elements]
 
 
 class BFloat16:
@@ -72,5 +72,5 @@ class BFloat16:
             raise OverflowError("a value lies beyond 3.39e38, the range of bf16; use f32")
         return bits.view(np.uint8)
 
-    def decode(self, data: Bytes) -> F32:
-        return bf16_to_f32(np.ascontiguousarray(data).view("<u2"))
+    def decode(self, data: Bytes, elements: int | None = None) -> F32:
+        return bf16_to_f32(np.ascontiguousarray(data).view("<u2"))[..., :elements]

@@ -11,7 +11,18 @@ from flashinfer.errors import StoreError
 from flashinfer.quant import codec_named
 from flashinfer.store.facts import Facts
 from flashinfer.store.manifest import Manifest, NeuronLayer, PartEntry, TensorEntry
-from flashinfer.store.roles import bundle_parts, ffn_role, is_required, order_role, role_shapes
+from flashinfer.store.roles import (
+    RANK_UNIT,
+    bundle_parts,
+    ffn_role,
+    is_predictor,
+    is_required,
+    lowrank_role,
+    order_role,
+    predictor_shapes,
+    role_shapes,
+    sketch_role,
+)
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 RESERVED_NAMES = frozenset({"manifest.json", "manifest.json.tmp", "lock"})
@@ -43,6 +54,7 @@ def check_manifest(m: Manifest, where: str) -> None:
     need(len(m.layers) == m.facts.num_layers, f"{len(m.layers)} neuron layers, facts say {m.facts.num_layers}")
     _check_files(m, need)
     _check_tensors(m, need)
+    _check_predictors(m, need)
     for i, layer in enumerate(m.layers):
         _check_layer(m, i, layer, need)
         _check_parts(m, i, layer, need)
@@ -74,7 +86,7 @@ def _check_files(m: Manifest, need: Need) -> None:
     need(len(set(names)) == len(names), "two entries name the same file")
     for key in m.text:
         need(SAFE_NAME.fullmatch(key) is not None, f"text name {key[:80]!r} is not a plain file name")
-    for f in (m.dense, m.neurons):
+    for f in [m.dense, m.neurons] + ([] if m.predictors is None else [m.predictors]):
         need(f.bytes % FILE_ALIGNMENT == 0, f"{f.name} does not end on a {FILE_ALIGNMENT}-byte boundary")
 
 
@@ -85,13 +97,59 @@ def _check_tensors(m: Manifest, need: Need) -> None:
     }
     bundled = {ffn_role(i, p.role) for i, layer in enumerate(m.layers) for p in layer.parts}
     for role, t in m.tensors.items():
+        if is_predictor(role):
+            continue
         need(role in shapes, f"unknown role {role[:80]!r}")
+        need(t.file == "dense", f"tensor {role} belongs in the dense file")
         need(role not in bundled, f"{role} is both in the dense file and in the bundles")
         need(t.shape == shapes[role], f"tensor {role} has shape {list(t.shape)}, not {list(shapes[role])}")
         _check_tensor(m, role, t, need)
     for role in shapes:
         present = role in m.tensors or role in bundled
         need(present or not is_required(role, m.facts), f"tensor {role} is missing")
+
+
+def _check_predictors(m: Manifest, need: Need) -> None:
+    """Low-rank factors come in threes, sketches only with a decision matrix in the bundles."""
+    found = {role: t for role, t in m.tensors.items() if is_predictor(role)}
+    need((m.predictors is not None) == bool(found), "a predictors file and tensors in it go together")
+    need(m.version > 1 or not found, "version 1 has no predictors")
+    left = set(found)
+    for i in range(m.facts.num_layers):
+        rank = _rank(m, i, need)
+        for role, shape in predictor_shapes(m.facts, i, rank).items():
+            if (t := found.get(role)) is not None:
+                need(t.shape == shape, f"tensor {role} has shape {list(t.shape)}, not {list(shape)}")
+                need(t.file == "predictors", f"tensor {role} belongs in the predictors file")
+                _check_tensor(m, role, t, need)
+                left.remove(role)
+        _check_sketch(m, i, need)
+    need(not left, f"unknown role {min(left, default='')[:80]!r}")
+
+
+def _rank(m: Manifest, i: int, need: Need) -> int:
+    """Rank of a layer's low-rank factors, which are all there or none; 0 where there are none."""
+    roles = [lowrank_role(i, part) for part in ("a.weight", "b.weight", "b.bias")]
+    there = [role in m.tensors for role in roles]
+    need(all(there) or not any(there), f"layer {i} has some of its low-rank factors, not all of them")
+    if not all(there):
+        return 0
+    shape = m.tensors[roles[0]].shape
+    rank = shape[0] if shape else 0
+    need(rank > 0 and rank % RANK_UNIT == 0, f"tensor {roles[0]} has rank {rank}, not a multiple of {RANK_UNIT}")
+    return rank
+
+
+def _check_sketch(m: Manifest, i: int, need: Need) -> None:
+    """A sketch, its slack and the bias it needs, where the decision matrix is in the bundles."""
+    weight, slack, bias = (sketch_role(i, part) in m.tensors for part in ("weight", "slack", "bias"))
+    need(weight == slack, f"layer {i} has a sketch without its slack, or the other way round")
+    need(not weight or m.layers[i].decision == "bundled", f"layer {i} has a sketch of a decision matrix that is dense")
+    biased = any(p.role == f"{m.facts.decision}.bias" for p in m.layers[i].parts)
+    need(bias == (weight and biased), f"layer {i}: a sketch has a copy of the decision's bias, where that has one")
+    if weight:
+        codec = m.tensors[sketch_role(i, "weight")].codec
+        need(codec == "int8", f"tensor {sketch_role(i, 'weight')} has codec {codec}, int8 was expected")
 
 
 def _check_tensor(m: Manifest, role: str, t: TensorEntry, need: Need) -> None:
@@ -105,7 +163,7 @@ def _check_tensor(m: Manifest, role: str, t: TensorEntry, need: Need) -> None:
     need(t.bytes == expected, f"tensor {role} has {t.bytes} bytes, its shape needs {expected}")
     unit = FILE_ALIGNMENT if len(t.shape) == 2 else 64
     need(t.offset % unit == 0, f"tensor {role} at offset {t.offset} is not aligned to {unit}")
-    need(t.offset >= 0 and t.offset + t.bytes <= m.dense.bytes, f"tensor {role} leaves {m.dense.name}")
+    need(t.offset >= 0 and t.offset + t.bytes <= m.file_of(t).bytes, f"tensor {role} leaves {m.file_of(t).name}")
     need(_HASH.fullmatch(t.xxh3) is not None, f"tensor {role} has no checksum of 32 hex digits")
 
 
@@ -148,8 +206,11 @@ def _part_bytes(m: Manifest, i: int, p: PartEntry, need: Need) -> int:
 
 
 def _check_disjoint(m: Manifest, need: Need) -> None:
-    tensors = sorted((t.offset, t.offset + t.bytes, role) for role, t in m.tensors.items())
+    files = {
+        file: sorted((t.offset, t.offset + t.bytes, role) for role, t in m.tensors.items() if t.file == file)
+        for file in ("dense", "predictors")
+    }
     layers = sorted((n.offset, n.offset + n.bytes, f"layer {i}") for i, n in enumerate(m.layers))
-    for spans in (tensors, layers):
+    for spans in (*files.values(), layers):
         for (_, end, first), (start, _, second) in pairwise(spans):
             need(end <= start, f"{first} and {second} overlap")

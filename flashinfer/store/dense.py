@@ -1,4 +1,4 @@
-"""The dense file: a safetensors file with aligned tensors, planned first, then written front to back."""
+"""The dense file, and the predictors file: aligned safetensors files, planned first, then written front to back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import xxhash
@@ -23,7 +23,7 @@ _DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "i32": "I32"}
 
 @dataclass(frozen=True)
 class DenseTensor:
-    """What goes into the dense file under a role: its codec, its shape, the checkpoint's name for it."""
+    """What goes into the file under a role: its codec, its shape, the checkpoint's name for it."""
 
     role: str
     codec: str
@@ -46,8 +46,8 @@ class DensePlan:
     bytes: int
 
 
-def plan_dense(tensors: Sequence[DenseTensor]) -> DensePlan:
-    """Lay the tensors out in the order given, with the padding `docs/format.md` asks for."""
+def plan_dense(tensors: Sequence[DenseTensor], file: Literal["dense", "predictors"] = "dense") -> DensePlan:
+    """Lay the tensors out in the order given, with the padding `docs/format.md` asks for; `file` is what they go to."""
     starts: list[int] = []
     end = 0
     for t in tensors:
@@ -56,7 +56,7 @@ def plan_dense(tensors: Sequence[DenseTensor]) -> DensePlan:
     size = round_up(end, FILE_ALIGNMENT)
     header = _header(tensors, starts, size)
     entries = {
-        t.role: TensorEntry(t.codec, t.shape, len(header) + start, t.bytes, NO_HASH, t.source)
+        t.role: TensorEntry(t.codec, t.shape, len(header) + start, t.bytes, NO_HASH, t.source, file)
         for t, start in zip(tensors, starts, strict=True)
     }
     return DensePlan(header, entries, len(header) + size)
@@ -69,7 +69,9 @@ def _header(tensors: Sequence[DenseTensor], starts: Sequence[int], size: int) ->
     for (t, start), (_, following) in pairwise([*zip(tensors, starts, strict=True), (None, size)]):
         assert t is not None
         end = start + t.bytes
-        table[t.role] = {"dtype": _DTYPES[t.codec], "shape": list(t.shape), "data_offsets": [start, end]}
+        dtype = _DTYPES.get(t.codec, "U8")  # rows of bytes, where safetensors has no word for what they hold
+        shape = list(t.shape) if t.codec in _DTYPES else [t.shape[0], t.bytes // t.shape[0]]
+        table[t.role] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
         if following > end:
             table[next(gaps)] = {"dtype": "U8", "shape": [following - end], "data_offsets": [end, following]}
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()

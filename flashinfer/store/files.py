@@ -12,6 +12,8 @@ from pathlib import Path
 import xxhash
 
 from flashinfer.errors import DiskFullError, StoreBusyError, StoreError
+from flashinfer.store.manifest import FileEntry
+from flashinfer.units import format_size
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ZEROS = bytes(1 << 16)
@@ -82,6 +84,50 @@ class HashedFile:
         self.close()
 
 
+class DataFiles:
+    """Makes data files in a directory: each under a temporary name first, then under one that has its hash.
+
+    `entries` are those made, in order. What makes stores and what changes them stand on it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.entries: list[FileEntry] = []
+
+    @contextlib.contextmanager
+    def create(self, stem: str, suffix: str) -> Iterator[HashedFile]:
+        """A new data file: when the block ends it is synced, named STEM-HASH and `suffix`, and in `entries`.
+
+        A file of that very name and size that is there already is kept, and the new one dropped.
+        """
+        path = self.directory / f"{stem}{suffix}.tmp"
+        with HashedFile(path) as file:
+            yield file
+            file.sync()
+        name = self.directory / f"{stem}-{file.digest[:16]}{suffix}"
+        with writing(path):
+            if _has_size(name, file.position):
+                path.unlink()
+            else:
+                path.rename(name)
+        self.entries.append(FileEntry(name.name, file.position, file.digest))
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and not path.is_symlink() and path.stat().st_size == size
+
+
+def check_room(directory: Path, need: int) -> None:
+    """Raises DiskFullError where fewer than `need` bytes are free to this user."""
+    stat = os.statvfs(directory)
+    free = stat.f_bavail * stat.f_frsize
+    if free < need:
+        raise DiskFullError(
+            f"{directory} has {format_size(free)} free, the store needs {format_size(need)}: "
+            "free some space or choose another disk"
+        )
+
+
 def sync_directory(path: Path) -> None:
     """fsync a directory, so that the names in it survive a power cut."""
     with writing(path):
@@ -96,17 +142,20 @@ def lock_directory(path: Path) -> int:
     """Take the advisory lock on the file `lock` of a directory: a descriptor that holds it until closed.
 
     Raises:
-        StoreBusyError: someone else holds it.
+        StoreBusyError: someone else holds it, or put another directory in its place meanwhile.
         StoreError: it cannot be taken at all.
     """
     name = path / "lock"
+    busy = f"{path} is being written by another process; wait for it to end"
     with writing(name):
         fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(fd), os.lstat(name)):
+                raise StoreBusyError(busy)
         except BlockingIOError as e:
             os.close(fd)
-            raise StoreBusyError(f"{path} is being written by another process; wait for it to end") from e
+            raise StoreBusyError(busy) from e
         except BaseException:
             os.close(fd)
             raise

@@ -9,7 +9,7 @@ import msgspec
 from flashinfer.store.facts import Facts
 
 FORMAT = "flashinfer-store"
-VERSION = 1
+VERSION = 2
 MANIFEST_NAME = "manifest.json"
 NO_HASH = "0" * 32
 """Stands in a draft for a checksum that is not known yet; of the same length, so that sizes are exact."""
@@ -28,9 +28,9 @@ class FileEntry(_Strict, frozen=True):
 
 
 class TensorEntry(_Strict, frozen=True):
-    """One tensor of the dense file. `offset` counts from the start of the file.
+    """One tensor of the dense or the predictors file; `offset` counts from the start of that file.
 
-    `source` is the checkpoint's name for it; empty for a permutation, which no checkpoint has.
+    `source` is the checkpoint's name for it; empty for what no checkpoint has: permutations and predictors.
     """
 
     codec: str
@@ -39,6 +39,7 @@ class TensorEntry(_Strict, frozen=True):
     bytes: int
     xxh3: str
     source: str
+    file: Literal["dense", "predictors"] = "dense"
 
 
 class PartEntry(_Strict, frozen=True):
@@ -80,7 +81,8 @@ class Manifest(_Strict, frozen=True):
     """All that is in a store. Tensor names are roles (`layers.0.attn.q.weight`, `head.weight`, ...).
 
     `text` maps `tokenizer.json`, `tokenizer.model`, `generation_config.json`, `tokenizer_config.json`,
-    ... (the names the checkpoint used) to files; `sections` is for later additions.
+    ... (the names the checkpoint used) to files. `sections` maps `calibration` to what
+    `store.calibration` says; other names are for later additions.
     """
 
     format: str
@@ -94,15 +96,28 @@ class Manifest(_Strict, frozen=True):
     layers: tuple[NeuronLayer, ...]
     text: dict[str, FileEntry]
     sections: dict[str, FileEntry] = {}
+    predictors: FileEntry | None = None
 
     def files(self) -> list[FileEntry]:
         """Every file the store needs, the manifest aside."""
-        return [self.dense, self.neurons, *self.text.values(), *self.sections.values()]
+        predictors = [] if self.predictors is None else [self.predictors]
+        return [self.dense, self.neurons, *predictors, *self.text.values(), *self.sections.values()]
+
+    def file_of(self, tensor: TensorEntry) -> FileEntry:
+        """The file a tensor of this manifest lies in."""
+        if tensor.file == "dense":
+            return self.dense
+        assert self.predictors is not None
+        return self.predictors
 
     def weight_bytes(self) -> int:
-        """Bytes of all weights, padding of records excluded."""
-        dense = sum(t.bytes for t in self.tensors.values())
+        """Bytes of all weights of the model: what predictors add and the padding of records excluded."""
+        dense = sum(t.bytes for t in self.tensors.values() if t.file == "dense")
         return dense + sum(layer.neurons * layer.bundle_bytes for layer in self.layers)
+
+    def predictor_bytes(self) -> int:
+        """Bytes of all that predictors add to the model: factors, sketches, thresholds."""
+        return sum(t.bytes for t in self.tensors.values() if t.file == "predictors")
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

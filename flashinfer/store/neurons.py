@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
-from flashinfer.config import FILE_ALIGNMENT
+from flashinfer.config import FILE_ALIGNMENT, PACK_BLOCK
 from flashinfer.quant import codec_named
+from flashinfer.store.facts import Facts
 from flashinfer.store.files import HashedFile
-from flashinfer.store.geometry import round_up
+from flashinfer.store.geometry import ASSUMED_DENSITY, choose_bundles_per_record, round_up
 from flashinfer.store.manifest import NO_HASH, NeuronLayer, PartEntry
+from flashinfer.store.roles import order_role
 
+Bytes = npt.NDArray[np.uint8]
+Chosen = slice | npt.NDArray[np.int64]
+"""Some neurons of a layer, by original index, in the order in which they are stored."""
 PartRole = Literal["gate.weight", "gate.bias", "up.weight", "up.bias", "down.weight"]
 
 
@@ -73,9 +80,71 @@ def plan_layer(
     )
 
 
+def plan_layers(
+    facts: Facts,
+    parts: Sequence[Sequence[BundlePart]],
+    *,
+    decision: Literal["separate", "bundled"],
+    bundles_per_record: Sequence[int | None],
+    alignment: int,
+    permuted: Container[str],
+) -> tuple[NeuronLayer, ...]:
+    """All layers' regions, one after the other; `parts` and `bundles_per_record` are by layer.
+
+    bundles_per_record: None chooses it from bundle size and alignment. permuted: roles of the permutations there are.
+    """
+    layers: list[NeuronLayer] = []
+    for i, (given, count) in enumerate(zip(parts, bundles_per_record, strict=True)):
+        placed = place_parts(given)
+        count = count or choose_bundles_per_record(
+            bundle_size(placed),
+            neurons=facts.intermediate_size,
+            alignment=alignment,
+            density=ASSUMED_DENSITY if facts.sparse else 1.0,
+        )
+        layers.append(
+            plan_layer(
+                placed,
+                neurons=facts.intermediate_size,
+                decision=decision,
+                bundles_per_record=count,
+                alignment=alignment,
+                offset=file_size(layers),
+                permutation=order_role(i) if order_role(i) in permuted else None,
+            )
+        )
+    return tuple(layers)
+
+
 def file_size(layers: Sequence[NeuronLayer]) -> int:
     """Bytes of a neuron file that holds these layers; also where the next region would start."""
     return round_up(max((n.offset + n.bytes for n in layers), default=0), FILE_ALIGNMENT)
+
+
+def record_chunks(
+    layer: NeuronLayer,
+    order: npt.NDArray[np.int32] | None,
+    parts_of: Callable[[Chosen], Iterable[tuple[PartEntry, Bytes]]],
+) -> Iterator[memoryview]:
+    """A layer's records in blocks of about `PACK_BLOCK` bytes; each block is overwritten by the next.
+
+    order: the neuron at each position, None for the original order. `parts_of` yields the parts of the neurons it is
+    given, each `[neurons, bytes]`; it is done with one before the next is asked for.
+    """
+    per, width = layer.bundles_per_record, layer.bundle_bytes
+    step = min(layer.records, max(1, PACK_BLOCK // layer.record_bytes))
+    buffer = np.zeros((step, layer.record_bytes), dtype=np.uint8)
+    for first in range(0, layer.records, step):
+        block = buffer[: min(step, layer.records - first)]
+        start, stop = first * per, min(layer.neurons, (first + len(block)) * per)
+        if stop - start < len(block) * per:
+            block[-1] = 0
+        for part, encoded in parts_of(slice(start, stop) if order is None else order[start:stop].astype(np.int64)):
+            for place in range(per):
+                at = place * width + part.offset
+                rows = encoded[place::per]
+                block[: len(rows), at : at + encoded.shape[1]] = rows
+        yield block.data.cast("B")
 
 
 def write_neurons(

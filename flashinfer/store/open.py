@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from flashinfer.errors import StoreError, StoreReadError
 from flashinfer.quant import codec_named
+from flashinfer.store.calibration import SECTION, Calibration, decode_calibration
 from flashinfer.store.geometry import Geometry
 from flashinfer.store.manifest import MANIFEST_NAME, FileEntry, Manifest
 from flashinfer.store.parse import decode_manifest
@@ -48,17 +50,32 @@ class Store:
         return Geometry(n.neurons, n.bundles_per_record, n.record_bytes, n.bundle_bytes, n.offset, position_of)
 
     def read_tensor(self, role: str) -> npt.NDArray[np.float32] | npt.NDArray[np.int32]:
-        """A whole dense tensor as float32 (int32 for a permutation), in its shape: for small tensors and tests.
+        """A whole tensor as float32 (int32 for a permutation), in its shape: for small tensors and tests.
 
         Raises:
             StoreReadError: it cannot be read.
         """
         t = self.manifest.tensors[role]
-        data = np.frombuffer(self.read_range(self.manifest.dense, t.offset, t.bytes), dtype=np.uint8)
+        data = np.frombuffer(self.read_range(self.manifest.file_of(t), t.offset, t.bytes), dtype=np.uint8)
         if t.codec == "i32":
             return data.view("<i4").astype(np.int32, copy=False)
         rows = data.reshape(t.shape[0] if len(t.shape) == 2 else 1, -1)
-        return codec_named(t.codec).decode(rows).reshape(t.shape)
+        return codec_named(t.codec).decode(rows, t.shape[-1]).reshape(t.shape)
+
+    def calibration(self) -> Calibration | None:
+        """What `calibrate` learnt about this model, None where it was never run.
+
+        Raises:
+            StoreError: the section is damaged.
+            StoreReadError: it cannot be read.
+        """
+        entry = self.manifest.sections.get(SECTION)
+        if entry is None:
+            return None
+        data, where = self.read_range(entry, 0, entry.bytes), str(self.path_of(entry))
+        if xxhash.xxh3_128_hexdigest(data) != entry.xxh3:
+            raise StoreError(f"{where} does not match its checksum; run `flashinfer calibrate` again")
+        return decode_calibration(data, self.manifest.facts, where)
 
     def read_range(self, entry: FileEntry, offset: int, length: int) -> bytes:
         """Plain positional read of `length` bytes of a file. Raises StoreReadError where they are not all there."""
@@ -87,6 +104,13 @@ def open_store(path: str | Path) -> Store:
     root = Path(path)
     if not root.is_dir():
         raise StoreError(_not_a_directory(root))
+    manifest = read_manifest(root)
+    check_sizes(root, manifest)
+    return Store(root, manifest)
+
+
+def read_manifest(root: Path) -> Manifest:
+    """The checked manifest of the store at `root`. Raises StoreError."""
     name = root / MANIFEST_NAME
     if not name.exists():
         raise StoreError(_no_manifest(root))
@@ -94,9 +118,13 @@ def open_store(path: str | Path) -> Store:
     if size > LARGEST_MANIFEST:
         raise StoreError(f"{name} has {size} bytes, more than any manifest; the store is damaged: pack it again")
     try:
-        manifest = decode_manifest(name.read_bytes(), str(name))
+        return decode_manifest(name.read_bytes(), str(name))
     except OSError as e:
         raise StoreReadError(str(name), 0, size, e.strerror or str(e)) from e
+
+
+def check_sizes(root: Path, manifest: Manifest) -> None:
+    """Every file of the manifest is there, a regular file of its size. Raises StoreError for the first that is not."""
     for entry in manifest.files():
         found = _regular_size(root / entry.name)
         if found != entry.bytes:
@@ -104,7 +132,6 @@ def open_store(path: str | Path) -> Store:
                 f"{root / entry.name} has {found} bytes, the manifest says {entry.bytes}: "
                 "the file was cut or changed; pack the checkpoint again"
             )
-    return Store(root, manifest)
 
 
 def hub_hint(path: str) -> str:

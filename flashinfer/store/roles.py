@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+
 from flashinfer.store.facts import Facts
+from flashinfer.store.manifest import Manifest
 
 Shape = tuple[int, ...]
+
+RANK_UNIT = 32
+"""The rank of low-rank factors is a multiple of this."""
+PREDICTOR_PARTS = (
+    "lowrank.a.weight",
+    "lowrank.b.weight",
+    "lowrank.b.bias",
+    "sketch.weight",
+    "sketch.slack",
+    "sketch.bias",
+    "threshold",
+)
+"""What predictors may add to a layer, in the order of use; `docs/format.md` has their shapes."""
+PREDICTORS = {"certified": "sketch", "low-rank": "lowrank", "threshold": "threshold"}
+"""By predictor, what its parts begin with."""
+_PREDICTOR = re.compile(r"layers\.\d+\.ffn\.(lowrank|sketch|threshold)(\..*)?")
 
 
 def order_role(layer: int) -> str:
@@ -15,6 +35,64 @@ def order_role(layer: int) -> str:
 def ffn_role(layer: int, part: str) -> str:
     """Name of an FFN tensor: `part` is `gate.weight`, `up.bias`, `down.weight`, ..."""
     return f"layers.{layer}.ffn.{part}"
+
+
+def lowrank_role(layer: int, part: str) -> str:
+    """Name of a low-rank factor: `part` is `a.weight` `[rank, hidden]`, `b.weight` `[neurons, rank]` or `b.bias`."""
+    return ffn_role(layer, f"lowrank.{part}")
+
+
+def sketch_role(layer: int, part: str) -> str:
+    """Name of a part of the decision matrix's sketch: `weight` `[neurons, hidden]`, `slack` or `bias` `[neurons]`."""
+    return ffn_role(layer, f"sketch.{part}")
+
+
+def threshold_role(layer: int) -> str:
+    """Name of a layer's thresholds, `[neurons]`."""
+    return ffn_role(layer, "threshold")
+
+
+def is_predictor(role: str) -> bool:
+    """Whether a tensor of that role belongs to a predictor: it lies in the predictors file, never in the dense one."""
+    return predictor_of(role) is not None
+
+
+def predictor_of(role: str) -> str | None:
+    """The predictor a tensor of that role belongs to, None where it is the model's own."""
+    match = _PREDICTOR.fullmatch(role)
+    return None if match is None else next(name for name, part in PREDICTORS.items() if part == match[1])
+
+
+def predictor_shapes(facts: Facts, layer: int, rank: int) -> dict[str, Shape]:
+    """Shape of every role predictors may add to a layer, in the order of use; `rank` is that of the low-rank factors.
+
+    None is a role of a checkpoint, so `role_shapes` has none of them.
+    """
+    hidden, neurons = facts.hidden_size, facts.intermediate_size
+    matrices = {"lowrank.a.weight": (rank, hidden), "lowrank.b.weight": (neurons, rank),
+                "sketch.weight": (neurons, hidden)}  # fmt: skip
+    return {ffn_role(layer, part): matrices.get(part, (neurons,)) for part in PREDICTOR_PARTS}
+
+
+def use_order(manifest: Manifest) -> list[str]:
+    """All roles of `manifest.tensors` in the order in which a token uses them."""
+    return [role for role in all_roles(manifest.facts) if role in manifest.tensors]
+
+
+def all_roles(facts: Facts) -> Iterator[str]:
+    """Every role a store of a model of these facts may have, in the order of use.
+
+    To those of `role_shapes` it adds a layer's predictors, after the norm they share with the decision matrix, and its
+    permutation, which comes last of its layer.
+    """
+    norms = {f"layers.{i}.ffn.norm.bias": i for i in range(facts.num_layers)}
+    ends = {ffn_role(i, "down.bias"): i for i in range(facts.num_layers)}
+    for role in role_shapes(facts):
+        yield role
+        if role in norms:
+            yield from predictor_shapes(facts, norms[role], RANK_UNIT)
+        if role in ends:
+            yield order_role(ends[role])
 
 
 def role_shapes(facts: Facts) -> dict[str, Shape]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +13,7 @@ from flashinfer.config import COPY_CHUNK
 from flashinfer.errors import StoreReadError
 from flashinfer.store.manifest import FileEntry
 from flashinfer.store.open import Store
-
-Progress = Callable[[int, int], None]
-"""Told bytes done and bytes in all."""
+from flashinfer.store.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -78,14 +76,13 @@ def verify(store: Store, progress: Progress | None = None) -> list[Damage]:
 
 def _regions(store: Store, entry: FileEntry) -> list[_Region]:
     m = store.manifest
-    if entry is m.dense:
-        return [
-            _Region(f"tensor {role}", t.offset, t.bytes, t.xxh3)
-            for role, t in sorted(m.tensors.items(), key=lambda item: item[1].offset)
-        ]
     if entry is m.neurons:
         return [_Region(f"layer {i} (neurons)", n.offset, n.bytes, n.xxh3) for i, n in enumerate(m.layers)]
-    return []
+    tensors = [(role, t) for role, t in m.tensors.items() if m.file_of(t) is entry]
+    return [
+        _Region(f"tensor {role}", t.offset, t.bytes, t.xxh3)
+        for role, t in sorted(tensors, key=lambda item: item[1].offset)
+    ]
 
 
 def _chunks(store: Store, entry: FileEntry) -> Iterator[tuple[int, memoryview]]:

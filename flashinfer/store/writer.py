@@ -9,13 +9,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from flashinfer.errors import DiskFullError, StoreBusyError, StoreError
-from flashinfer.store.files import HashedFile, lock_directory, sync_directory, writing
-from flashinfer.store.manifest import MANIFEST_NAME, FileEntry, Manifest, encode_manifest
-from flashinfer.units import format_size
+from flashinfer.errors import StoreBusyError, StoreError
+from flashinfer.store.files import DataFiles, HashedFile, check_room, lock_directory, sync_directory, writing
+from flashinfer.store.manifest import MANIFEST_NAME, Manifest, encode_manifest
 
 
-class StoreWriter:
+class StoreWriter(DataFiles):
     """A store in the making, as a context manager: it is whole after `commit`, or nothing is left of it.
 
     Mutates: the parent of `target` only. Before: `target` does not exist or is an empty directory; with
@@ -24,8 +23,8 @@ class StoreWriter:
 
     def __init__(self, target: Path, *, need: int, force: bool = False) -> None:
         self.target = target.resolve()
+        super().__init__(_temporary(self.target))
         self.need, self.force = need, force
-        self.entries: list[FileEntry] = []
         self._lock = -1
 
     def __enter__(self) -> StoreWriter:
@@ -34,37 +33,25 @@ class StoreWriter:
             raise StoreError(f"{self.target.parent} is not a directory; make it first")
         _clean_up(self.target)
         self._check_target()
-        _check_room(self.target.parent, self.need)
-        self._directory, self._lock = _make_temporary(self.target)
+        check_room(self.target.parent, self.need)
+        self._lock = _make_temporary(self.directory, self.target)
         return self
 
     def __exit__(self, *_: object) -> None:
         """Remove what is not committed, whatever went wrong."""
         if self._lock >= 0:
-            shutil.rmtree(self._directory, ignore_errors=True)
+            shutil.rmtree(self.directory, ignore_errors=True)
             self._release()
-
-    @contextlib.contextmanager
-    def create(self, stem: str, suffix: str) -> Iterator[HashedFile]:
-        """A new data file: when the block ends it is synced, named STEM-HASH and `suffix`, and in `entries`."""
-        path = self._directory / f"{stem}{suffix}.tmp"
-        with HashedFile(path) as file:
-            yield file
-            file.sync()
-        name = f"{stem}-{file.digest[:16]}{suffix}"
-        with writing(path):
-            path.rename(self._directory / name)
-        self.entries.append(FileEntry(name, file.position, file.digest))
 
     def commit(self, manifest: Manifest) -> None:
         """Write the manifest and move the store to its final name. Raises StoreError, DiskFullError."""
-        with HashedFile(self._directory / MANIFEST_NAME) as file:
+        with HashedFile(self.directory / MANIFEST_NAME) as file:
             file.write(encode_manifest(manifest))
             file.sync()
-        sync_directory(self._directory)
+        sync_directory(self.directory)
         with _moved_away(self.target) if self.force else contextlib.nullcontext():
             with writing(self.target):
-                self._directory.rename(self.target)
+                self.directory.rename(self.target)
         self._release()
         sync_directory(self.target.parent)
 
@@ -106,9 +93,13 @@ def _moved_away(target: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _make_temporary(target: Path) -> tuple[Path, int]:
-    """A new locked directory beside `target`, and the descriptor of its lock."""
-    path = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+def _temporary(target: Path) -> Path:
+    """Where this process makes the store that becomes `target`."""
+    return target.with_name(f".{target.name}.tmp-{os.getpid()}")
+
+
+def _make_temporary(path: Path, target: Path) -> int:
+    """Make the directory `path` beside `target`, and lock it: the descriptor of its lock."""
     try:
         with writing(path):
             path.mkdir()
@@ -117,7 +108,7 @@ def _make_temporary(target: Path) -> tuple[Path, int]:
             raise StoreBusyError(f"{path} is in use: this process already writes {target}") from e
         raise
     try:
-        return path, lock_directory(path)
+        return lock_directory(path)
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)
         raise
@@ -153,13 +144,3 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _check_room(directory: Path, need: int) -> None:
-    stat = os.statvfs(directory)
-    free = stat.f_bavail * stat.f_frsize
-    if free < need:
-        raise DiskFullError(
-            f"{directory} has {format_size(free)} free, the store needs {format_size(need)}: "
-            "free some space or choose another disk"
-        )

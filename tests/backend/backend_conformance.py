@@ -12,7 +12,7 @@ from flashinfer.config import TILE_NEURONS
 from tests.backend.reference import activated, attended, encoded, normed, unaligned
 
 TOKENS = [1, 16, 48]
-CODECS = ["f32", "f16", "bf16"]
+CODECS = ["f32", "f16", "bf16", "int8"]
 
 
 def normal(seed: int, *shape: int) -> Any:
@@ -24,26 +24,48 @@ def near(found: Any, expected: Any, tolerance: float = 2e-5) -> bool:
 
 
 class Layer:
-    """Bundles of a layer in a memory that starts at an odd address, a bundle of zeros at its start."""
+    """Bundles of a layer in any order, in a memory that starts at an odd address with a bundle of zeros.
 
-    def __init__(self, codec: str, neurons: int, width: int, *, gated: bool, bias: bool, seed: int = 1) -> None:
-        self.up, self.down, self.bias = None, None, None
+    decision: the decision matrix is in the bundles, too; `bias` is of both.
+    """
+
+    def __init__(
+        self, codec: str, neurons: int, width: int, *, gated: bool, bias: bool, decision: bool = False, seed: int = 1
+    ) -> None:
+        self.up, self.down, self.bias, self.decision_bias = None, None, None, None
+        self.raw_decision = np.zeros((0, 0), np.uint8)
         columns, parts, at = [], {}, 0
         for name, elements, wanted, kind in [
-            ("up", width, gated, codec), ("down", width, True, codec), ("bias", 1, bias, "f32")
+            ("up", width, gated, codec), ("down", width, True, codec), ("bias", 1, gated and bias, "f32"),
+            ("decision", width, decision, codec), ("decision_bias", 1, decision and bias, "f32"),
         ]:  # fmt: skip
             if wanted:
                 raw, values = encoded(normal(seed + len(parts), neurons, elements) / np.sqrt(elements), kind)
                 setattr(self, name, values)
+                if name == "decision":
+                    self.raw_decision = raw
                 parts[name] = Part(at, elements, kind)
                 columns.append(raw)
                 at += raw.shape[1]
-        bundles = np.concatenate([np.zeros((1, at), np.uint8), np.concatenate(columns, axis=1)])
-        self.memory = unaligned(bundles)
-        self.bundle = Bundle(at, parts["down"], parts.get("up"), parts.get("bias"))
+        order = np.random.default_rng(seed).permutation(neurons)
+        self.place_of = np.argsort(order)
+        self.memory = unaligned(np.concatenate([np.zeros((1, at), np.uint8), np.concatenate(columns, axis=1)[order]]))
+        self.bundle = Bundle(
+            at, parts["down"], parts.get("up"), parts.get("bias"), parts.get("decision"), parts.get("decision_bias")
+        )
 
     def offsets(self, index: Any) -> Any:
-        return (index + 1) * self.bundle.bytes
+        return np.where(index < 0, 0, self.place_of[index] + 1) * self.bundle.bytes
+
+    def products(self, backend: Backend, x: Any, before: Any) -> Any:
+        """What `linear` and `add` give on the whole decision matrix; `before`: `[tokens, neurons]`."""
+        rows, cols = len(self.raw_decision), self.bundle.down.elements
+        whole = backend.matrix(self.raw_decision.reshape(-1), self.bundle.decision.codec, rows, cols, keep=False)
+        out = backend.place(before)
+        backend.linear(out, 0, x, whole)
+        if self.decision_bias is not None:
+            out = backend.add(out, backend.vector(self.decision_bias[:, 0].astype(np.float32)))
+        return backend.fetch(out)
 
     def expected(self, acc: Any, x: Any, fired: Any, index: Any) -> Any:
         out = acc.astype(np.float64)
@@ -66,9 +88,26 @@ def fired_for(tokens: int, index: Any, share: float, seed: int = 5) -> Any:
 
 
 def tiles_of(neurons: int) -> Any:
-    index = np.full((-(-neurons // TILE_NEURONS), TILE_NEURONS), -1, dtype=np.int64)
-    index.reshape(-1)[:neurons] = np.arange(neurons)
+    return packed_tiles(np.arange(neurons))
+
+
+def packed_tiles(needed: Any) -> Any:
+    """Neurons one after the other, as decode has them."""
+    index = np.full((-(-len(needed) // TILE_NEURONS), TILE_NEURONS), -1, dtype=np.int64)
+    index.reshape(-1)[: len(needed)] = needed
     return index
+
+
+def places_in_tiles(needed: Any, neurons: int) -> Any:
+    """Every neuron at its own place, as prefill has them."""
+    index = tiles_of(neurons)
+    index[~np.isin(index, needed)] = -1
+    return index
+
+
+def same(a: Any, b: Any) -> bool:
+    """Bit for bit."""
+    return bool(np.array_equal(np.ascontiguousarray(a).view(np.int32), np.ascontiguousarray(b).view(np.int32)))
 
 
 class BackendConformance:
@@ -123,6 +162,17 @@ class BackendConformance:
         assert near(found[:, 4 : 4 + rows], x @ values.T)
         assert (found[:, :4] == 7).all()
         assert (found[:, 4 + rows :] == 7).all()
+
+    @pytest.mark.parametrize("cols", [1, 16, 31, 32, 33, 48, 63, 511, 512, 545])
+    @pytest.mark.parametrize("tokens", TOKENS)
+    def test_int8_has_the_bits_of_the_decoded_matrix(self, backend: Backend, cols: int, tokens: int) -> None:
+        raw, values = encoded(normal(5, 139, cols), "int8")
+        x, results = backend.place(normal(6, tokens, cols)), []
+        for codec, data in (("int8", raw), ("f32", values.astype(np.float32).view(np.uint8))):
+            out = backend.zeros(tokens, 139)
+            backend.linear(out, 0, x, backend.matrix(data.reshape(-1), codec, 139, cols, keep=False))
+            results.append(backend.fetch(out))
+        assert same(*results)
 
     @pytest.mark.parametrize("width", [1, 16, 50, 259])
     @pytest.mark.parametrize("kind", ["rms", "layer"])
@@ -191,9 +241,53 @@ class BackendConformance:
 
     # -- feed-forward
 
-    def test_positive(self, backend: Backend) -> None:
-        gate = np.array([[1, -1, 0.0], [-0.0, 2, np.nan], [3, 3, 3]], dtype=np.float32)
-        assert backend.positive(backend.place(gate), 0, 2).tolist() == [[True, False, False], [False, True, False]]
+    def test_products(self, backend: Backend) -> None:
+        gate = np.array([[1, -1, 0.0], [-0.0, 2, np.nan], [3, -np.inf, 1e-45]], dtype=np.float32)
+        found = backend.products(backend.place(gate), 1, 2)
+        assert found.dtype == np.float32
+        assert same(found, gate[1:])
+        with pytest.raises(ValueError, match="read-only"):
+            found[0, 0] = 1
+
+    def test_limit(self, backend: Backend) -> None:
+        gate = normal(1, 5, 40)
+        gate[2, :3] = np.nan, np.inf, -1
+        keep = np.random.default_rng(2).random((3, 40)) < 0.5
+        keep[0] = True
+        keep[1, :3] = False
+        placed = backend.place(gate)
+        backend.limit(placed, 1, keep)
+        expected = gate.copy()
+        expected[1:4][~keep] = 0
+        assert same(backend.fetch(placed), expected)
+        backend.limit(placed, 5, keep[:0])
+        assert same(backend.fetch(placed), expected)
+
+    @pytest.mark.parametrize("codec", CODECS)
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("tokens", TOKENS)
+    @pytest.mark.parametrize("share", [0.02, 0.5, 1.0])
+    @pytest.mark.parametrize("width", [40, 133])
+    def test_decide(self, backend: Backend, codec: str, bias: bool, tokens: int, share: float, width: int) -> None:
+        """The bits of the separate matrix, wherever the bundles lie, and nothing else written."""
+        layer = Layer(codec, 300, width, gated=True, bias=bias, decision=True)
+        x, before = backend.place(normal(7, tokens, width)), np.full((tokens, 300), 7, np.float32)
+        needed = np.flatnonzero(np.random.default_rng(3).random(300) < share)
+        expected = layer.products(backend, x, before)
+        unnamed = np.setdiff1d(np.arange(300), needed)
+        expected[:, unnamed] = 7
+        for index in (packed_tiles(needed), places_in_tiles(needed, 300)):
+            gate = backend.place(before)
+            backend.decide(gate, x, index, layer.memory, layer.offsets(index), layer.bundle)
+            assert same(backend.fetch(gate), expected)
+
+    def test_decide_on_nothing(self, backend: Backend) -> None:
+        layer = Layer("f16", 100, 40, gated=False, bias=False, decision=True)
+        gate, x = backend.place(normal(1, 1, 100)), backend.place(normal(2, 1, 40))
+        before = backend.fetch(gate)
+        for index in (np.full((1, TILE_NEURONS), -1), np.zeros((0, TILE_NEURONS), np.int64)):
+            backend.decide(gate, x, index, layer.memory, layer.offsets(index), layer.bundle)
+        assert same(backend.fetch(gate), before)
 
     @pytest.mark.parametrize("kind", ["relu", "relu2", "silu", "gelu", "gelu_tanh", "gelu_quick"])
     @pytest.mark.parametrize("tokens", [1, 16])
@@ -245,8 +339,10 @@ def everything(backend: Backend, tokens: int, codec: str = "f16", width: int = 2
     raw, _ = encoded(normal(seed + 1, 600, width), codec)
     gate = backend.zeros(tokens, 600)
     backend.linear(gate, 0, x, backend.matrix(raw.reshape(-1), codec, 600, width, keep=False))
-    layer, index = Layer(codec, 600, width, gated=True, bias=True), tiles_of(600)
-    results = [gate]
+    layer, index = Layer(codec, 600, width, gated=True, bias=True, decision=True), tiles_of(600)
+    decided = backend.zeros(tokens, 600)
+    backend.decide(decided, x, index, layer.memory, layer.offsets(index), layer.bundle)
+    results = [gate, decided]
     for kind in ("relu", "silu"):
         fired = backend.fire(gate, kind, index)  # type: ignore[arg-type]
         acc = backend.zeros(tokens, width)

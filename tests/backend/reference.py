@@ -16,7 +16,7 @@ Array = npt.NDArray[Any]
 def encoded(values: Array, codec: str) -> tuple[npt.NDArray[np.uint8], Array]:
     """Rows as bytes `[rows, row bytes]`, and the values those stand for."""
     raw = codec_named(codec).encode(values.astype(np.float32))
-    return raw, codec_named(codec).decode(raw).astype(np.float64)
+    return raw, codec_named(codec).decode(raw, values.shape[1]).astype(np.float64)
 
 
 def unaligned(raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

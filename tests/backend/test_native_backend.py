@@ -11,8 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashinfer.backend import Backend
-from tests.backend.backend_conformance import CODECS, BackendConformance, Layer, everything, fired_for, normal, tiles_of
+from flashinfer.backend import Backend, Bundle, Part
+from flashinfer.quant import codec_named
+from tests.backend.backend_conformance import (
+    CODECS,
+    BackendConformance,
+    Layer,
+    everything,
+    fired_for,
+    normal,
+    packed_tiles,
+    same,
+    tiles_of,
+)
 from tests.backend.reference import encoded, unaligned
 
 kernels = pytest.importorskip("flashinfer.native._kernels", reason="the native core is not built here")
@@ -51,10 +62,6 @@ def backends():
     yield made
     for backend in made:
         backend.close()
-
-
-def same(a: Any, b: Any) -> bool:
-    return bool(np.array_equal(a.view(np.int32), b.view(np.int32)))
 
 
 @settings(max_examples=60, deadline=None)
@@ -115,6 +122,54 @@ def test_ffn_is_the_same_bits_however_it_is_cut(backends, codec, neurons, width,
     assert all(same(r, results[0]) for r in results[1:])
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    codec=st.sampled_from(CODECS),
+    neurons=st.integers(1, 150),
+    width=st.integers(1, 700),
+    tokens=st.integers(1, 35),
+    share=st.sampled_from([0.02, 0.3, 1.0]),
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_decide_is_the_same_bits_for_any_neurons_tokens_and_instructions(
+    backends, codec, neurons, width, tokens, share, bias, seed
+) -> None:
+    layer = Layer(codec, neurons, width, gated=False, bias=bias, decision=True, seed=seed)
+    needed = np.flatnonzero(np.random.default_rng(seed).random(neurons) < share)
+    index, x = packed_tiles(needed), normal(seed, tokens, width)
+    for backend in backends:
+        expected = layer.products(backends[0], x, np.zeros((tokens, neurons), np.float32))
+        together, one = backend.zeros(tokens, neurons), backend.zeros(1, neurons)
+        backend.decide(together, x, index, layer.memory, layer.offsets(index), layer.bundle)
+        backend.decide(one, x[-1:], index, layer.memory, layer.offsets(index), layer.bundle)
+        assert same(together[:, needed], expected[:, needed])
+        assert same(one, together[-1:])
+
+
+def test_a_decision_bias_is_added_as_add_does(backends) -> None:
+    """Signs of zero, rounding and overflow, in each codec a vector may have."""
+    values = np.array([0.0, -0.0, 1, -1, 1e-7, 65504, -3e38, 1e-45], np.float32)
+    codecs: list[Any] = ["f32", "f16", "bf16"]
+    for codec in codecs:
+        with np.errstate(over="ignore"):
+            raw, bias = encoded(np.where(codec == "f16", np.clip(values, -65504, 65504), values)[:, None], codec)
+        rows = np.concatenate([np.repeat(np.float32([[1e38]]), 8, axis=0).view(np.uint8), raw], axis=1)
+        bundle = Bundle(rows.shape[1], Part(0, 1, "f32"), None, None, Part(0, 1, "f32"), Part(4, 1, codec))
+        index = packed_tiles(np.arange(8))
+        offsets = np.maximum(index, 0) * bundle.bytes
+        x = np.float32([[-0.0], [1], [-3.4], [1e-45]] * 4)
+        for backend in backends:
+            for some in (x, x[:1], x[2:3]):
+                gate = backend.zeros(len(some), 8)
+                backend.decide(gate, some, index, rows.reshape(-1), offsets, bundle)
+                product = backend.zeros(len(some), 8)
+                matrix = np.repeat(np.float32(1e38), 8).view(np.uint8)
+                backend.linear(product, 0, some, backend.matrix(matrix, "f32", 8, 1, keep=False))
+                with np.errstate(over="ignore"):
+                    assert same(gate, backend.add(product, bias[:, 0].astype(np.float32)))
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     dtype=st.sampled_from(["f32", "f16"]),
@@ -169,6 +224,21 @@ def test_every_half_is_read_exactly(backends) -> None:
         assert np.array_equal(out[0], finite.view(np.float16).astype(np.float32))
 
 
+def test_every_scale_and_integer_is_read_exactly(backends) -> None:
+    """All finite scales, subnormal and negative ones, too, and all integers, -128 as well: whatever a file holds."""
+    halves = np.arange(2**16, dtype=np.uint16)
+    scales = halves[np.isfinite(halves.view(np.float16))]
+    raw = np.zeros((len(scales), 34), np.uint8)
+    raw[:, :2] = scales[:, None].view(np.uint8)
+    raw[:, 2] = np.arange(len(scales)) % 256
+    expected = codec_named("int8").decode(raw, 1)[:, 0]
+    for backend in backends:
+        out = backend.zeros(1, len(raw))
+        one = np.ones((1, 1), np.float32)
+        backend.linear(out, 0, one, backend.matrix(raw.reshape(-1), "int8", len(raw), 1, keep=False))
+        assert np.array_equal(out[0], expected)
+
+
 def test_silu_is_within_a_few_ulp() -> None:
     x = np.linspace(-87, 88, 64 * 2000, dtype=np.float32)
     found = NativeBackend(1).fire(x[None], "silu", np.arange(x.size).reshape(-1, 64)).reshape(-1)
@@ -210,7 +280,7 @@ def test_bad_shapes_are_refused() -> None:
     out, x, raw = np.zeros((1, 8), np.float32), np.zeros((1, 16), np.float32), np.zeros(8 * 16 * 2, np.uint8)
     engine.linear(out, 0, x, raw, 1, 8, 16)
     for bad in [(out, 1, x, raw, 1, 8, 16), (out, 0, x, raw[1:], 1, 8, 16), (out, 0, x[:, 1:].copy(), raw, 1, 8, 16),
-                (out, 0, x, raw, 3, 8, 16), (out, -1, x, raw, 1, 8, 16)]:  # fmt: skip
+                (out, 0, x, raw, 4, 8, 16), (out, -1, x, raw, 1, 8, 16), (out, 0, x, raw[:-1], 3, 8, 16)]:  # fmt: skip
         with pytest.raises(ValueError):
             engine.linear(*bad)
     for wrong in (out[:, ::2], out.astype(np.float64), out.astype(np.float16)):
@@ -221,6 +291,32 @@ def test_bad_shapes_are_refused() -> None:
     for offsets in (layer.offsets(index) + 1, layer.offsets(index) - 2 * layer.bundle.bytes):
         with pytest.raises(ValueError, match="outside"):
             backend.ffn(acc, acc, np.ones((1, 1, 64), np.float32), layer.memory, offsets, layer.bundle)
+
+
+def test_bad_decisions_are_refused() -> None:
+    layer, index = Layer("int8", 3, 40, gated=True, bias=True, decision=True), tiles_of(3)
+    backend, x = NativeBackend(1), normal(1, 1, 40)
+    gate, offsets, size = backend.zeros(1, 3), layer.offsets(index), layer.bundle.bytes
+    decide = backend._engine.decide
+    at, bias_at = layer.bundle.decision.offset, layer.bundle.decision_bias.offset
+    good = (gate, x, index, layer.memory, offsets, size, 3, at, 0, bias_at)
+    decide(*good)
+
+    def swapped(**changes: Any) -> tuple[Any, ...]:
+        names = ("gate", "x", "index", "memory", "offsets", "size", "codec", "at", "bias", "bias_at")
+        return tuple(changes.get(name, value) for name, value in zip(names, good, strict=True))
+
+    far = index.copy()
+    far[0, 0] = 3
+    for match, bad in [
+        ("outside", swapped(offsets=offsets + 1 + 3 * size)), ("outside", swapped(offsets=offsets - size)),
+        ("beyond", swapped(index=far)), ("differ in shape", swapped(index=index[:, :-1].copy())),
+        ("behind", swapped(at=size - 67)), ("behind", swapped(bias_at=size - 3)), ("behind", swapped(codec=0)),
+        ("needs", swapped(at=-1)), ("tokens", swapped(x=normal(1, 2, 40))), ("codec", swapped(codec=4)),
+        ("not int8", swapped(bias=3)),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            decide(*bad)
 
 
 def test_many_python_threads_may_call_at_once() -> None:

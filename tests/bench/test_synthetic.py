@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import flashinfer
 from benchmarks.planted.build import write_planted
 from benchmarks.planted.cli import main
 from benchmarks.planted.measure import Layer, measure_checkpoint, measure_store
@@ -17,6 +18,7 @@ from benchmarks.planted.statistics import FIRED, Statistics, independent, like_t
 from benchmarks.planted.text import ids_of, pseudo_text, token_ids
 from flashinfer import pack
 from flashinfer.engine import Model
+from flashinfer.recording import open_recording
 
 TOKENS, SAMPLE = 160, 300
 
@@ -100,6 +102,46 @@ def test_silu_has_nothing_planted_and_runs(tmp_path: Path) -> None:
     with Model.open(tmp_path / "store") as model:
         assert not model.facts.sparse
         assert np.isfinite(model.step(model.session(), [300, 301])).all()
+
+
+def test_reuse_is_halved_towards_independence() -> None:
+    full, half, none = FIRED["llama"], FIRED["llama"].with_reuse(0.5), independent(FIRED["llama"].density)
+    assert full.with_reuse(1.0) == full
+    assert (half.density, half.hot_share) == (full.density, full.hot_share)
+    assert half.window_share == pytest.approx((full.window_share + none[0]) / 2)
+    assert half.new_share == pytest.approx((full.new_share + none[1]) / 2)
+    with pytest.raises(ValueError, match="at most 1"):
+        full.with_reuse(0.0)
+
+
+def test_the_command_records_what_measure_sees(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text"
+    text.write_text(pseudo_text(300, seed=9))
+    run = [str(made.store), str(tmp_path / "r.act"), "--text", str(text), "--tokens", "40", "--prompt", "50"]
+    main(["record", *run])
+    found = open_recording(tmp_path / "r.act")
+    seen = measure_store(made.store, token_ids(text.read_text(), SHAPES["tiny-llama"].vocab)[:90], 40)
+    for i, layer in enumerate(seen):
+        steps = list(found.layer(i))
+        assert [len(step) for step in steps] == [50, *[1] * 40]
+        assert [step[0].tolist() for step in steps[1:]] == [np.flatnonzero(row).tolist() for row in layer.fired]
+    with pytest.raises(SystemExit):
+        main(["record", str(made.checkpoint), str(tmp_path / "r.act")])
+    assert "is a checkpoint" in capsys.readouterr().err
+
+
+def test_a_real_models_text_is_read_with_its_own_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").write_text("Once upon a time there was a little girl. " * 5)
+    pack(Path(flashinfer.__file__).parent / "_demo", tmp_path / "demo")
+    main(["record", *(str(tmp_path / name) for name in ("demo", "r.act")), "--tokenizer", "--text",
+          str(tmp_path / "text"), "--tokens", "20", "--prompt", "9"])  # fmt: skip
+    assert sum(map(len, open_recording(tmp_path / "r.act").layer(4))) == 29
+    for text in ([], ["--text", str(tmp_path / "text")]):
+        with pytest.raises(SystemExit):
+            main(["record", str(tmp_path / "demo"), str(tmp_path / "r.act"), "--tokenizer", *text])
+    err = capsys.readouterr().err
+    assert "needs a --text" in err
+    assert "of the 264 tokens" in err
 
 
 def test_impossible_wishes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

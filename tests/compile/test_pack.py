@@ -15,7 +15,7 @@ import flashinfer
 from flashinfer.checkpoint import safetensors
 from flashinfer.errors import CheckpointError, LayoutError
 from flashinfer.pack import PackReport, pack, stream
-from flashinfer.store import open_store, verify
+from flashinfer.store import neurons, open_store, verify
 from tests.checkpoints import make_llama, make_opt
 from tests.plain_checkpoint import LLAMA, OPT, fill, llama_shapes, save, write_checkpoint
 from tests.store_contents import checkpoint_tensors, manifest_of, read_back, values
@@ -104,7 +104,7 @@ def test_small_blocks(made, tmp_path, monkeypatch, permuted, bundles):
     checkpoint = made("llama", "float32")
     pack(checkpoint, tmp_path / "one", permutation=permutation, bundles_per_record=bundles, quant="f16")
     for module, name, value in (
-        (stream, "PACK_BLOCK", 3000),
+        (neurons, "PACK_BLOCK", 3000),
         (stream, "COPY_CHUNK", 200),
         (stream, "_PIECE", 7),
         (safetensors, "COPY_CHUNK", 100),
@@ -236,6 +236,7 @@ class TestErrors:
         ("options", "message"),
         [
             ({"quant": "int3"}, "quant 'int3' is not known; choose f32, f16, bf16"),
+            ({"quant": "int8"}, "quant 'int8' is not known; choose f32, f16, bf16"),
             ({"alignment": 100}, "alignment 100"),
             ({"alignment": 8192}, "alignment 8192"),
             ({"bundles_per_record": 0}, "bundles per record 0"),

@@ -32,9 +32,8 @@ BASE = Request(context=64, threads=2, alignment=512, baseline=60_000_000, run=Ru
 
 def conditions(manifest: Manifest, request: Request, firing: Firing | None = None) -> Conditions:
     run = request.run
-    return Conditions(
-        manifest, run, request.alignment, request.mode, run.io.disk, run.rates, firing or firing_of(manifest)
-    )
+    layers = firing_of(manifest, request.choice) if firing is None else (firing,) * len(manifest.layers)
+    return Conditions(manifest, run, request.alignment, request.mode, run.io.disk, run.rates, layers, request.choice)
 
 
 def floor_of(manifest: Manifest, request: Request) -> int:
@@ -57,7 +56,7 @@ def run_and_predict(store: Path, cap: int, run: RunConfig, mode: Mode) -> tuple[
         account, m = model.ledger.decode, model.store.manifest
         touched = (account.hits + account.misses) / len(TOKENS) / sum(n.records for n in m.layers)
         density = 1.0 - (1.0 - touched) ** (1 / m.layers[0].bundles_per_record)
-        firing = Firing(density, hit_rate=account.hit_rate, source="measured") if m.facts.sparse else firing_of(m)
+        firing = Firing(density, hit_rate=account.hit_rate, source="measured") if m.facts.sparse else None
         request = replace(BASE, run=run, mode=mode, alignment=model._reader.alignment)
         found = predict(conditions(m, request, firing), model.plan, prompt_tokens=len(PROMPT))
         return account.bytes_per_token, found.flash_bytes, model.plan

@@ -9,12 +9,14 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
+from flashinfer.choice import Choice
 from flashinfer.config import DiskCurve, KvType, Rates
 from flashinfer.errors import CapExceededError
 from flashinfer.firing import Firing
 from flashinfer.generate import TextModel
 from flashinfer.ledger import Ledger
 from flashinfer.memory import Plan
+from flashinfer.model.observe import Observer
 from flashinfer.speed import Prediction
 from flashinfer.store import Facts
 from flashinfer.text import GenerationDefaults, Tokenizer
@@ -68,7 +70,8 @@ class FakeEngine:
         self.plan = cast(Plan, _Plan(context))
         self.ledger, self.effective_window, self.reader_note = Ledger(), 5, "fake"
         self.open_sessions = self.steps = self.closes = 0
-        self.over_cap = False
+        self.over_cap, self.choice = False, Choice()
+        self.observer: Observer | None = None
 
     def session(self, capacity: int) -> FakeSession:
         self.open_sessions += 1
@@ -90,6 +93,9 @@ class FakeEngine:
 
     def predict(self, disk: DiskCurve, rates: Rates, *, prompt_tokens: int) -> Prediction:
         return Prediction(1e6, 9.0, 2e6, 0.1, 0.1, 0.2, 0.25, 0.1, 1.0, 1.5, prompt_tokens, "disk", Firing())
+
+    def observe(self, observer: Observer | None) -> None:
+        self.observer = observer
 
     def check_cap(self) -> None:
         if self.over_cap:

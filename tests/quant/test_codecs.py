@@ -10,8 +10,12 @@ from flashinfer.errors import StoreError
 from flashinfer.quant import CODECS, Codec, bf16_to_f32, codec_named, f32_to_bf16
 
 MODERATE = st.floats(-60000, 60000, width=32)
-RELATIVE_ERROR = {"f32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8}
-SMALLEST_STEP = {"f32": 0.0, "f16": 2.0**-24, "bf16": 2.0**-133}
+RELATIVE_ERROR = {"f32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8, "int8": 0.0}
+SHARED_ERROR = {"f32": 0.0, "f16": 0.0, "bf16": 0.0, "int8": (1 + 2.0**-10) / 254}
+"""Relative to the largest value of a row."""
+SMALLEST_STEP = {"f32": 0.0, "f16": 2.0**-24, "bf16": 2.0**-133, "int8": 2.0**-25}
+INFINITE = ["bf16", "f16", "f32"]
+"""Codecs that know infinity."""
 
 
 @pytest.fixture(params=sorted(CODECS))
@@ -31,11 +35,24 @@ class TestConformance:
         codec = codec_named(data.draw(st.sampled_from(sorted(CODECS))))
         shape = data.draw(st.tuples(st.integers(1, 5), st.integers(1, 9)))
         rows = data.draw(hnp.arrays(np.float32, shape, elements=MODERATE))
-        back = codec.decode(codec.encode(rows))
+        back = codec.decode(codec.encode(rows), shape[1])
         assert back.dtype == np.float32
         assert back.shape == rows.shape
         error = np.abs(back.astype(np.float64) - rows)
-        assert (error <= RELATIVE_ERROR[codec.name] * np.abs(rows) + SMALLEST_STEP[codec.name]).all()
+        largest = np.abs(rows).max(axis=1, keepdims=True).astype(np.float64)
+        relative = RELATIVE_ERROR[codec.name] * np.abs(rows) + SHARED_ERROR[codec.name] * largest
+        assert (error <= relative + SMALLEST_STEP[codec.name]).all()
+
+    def test_without_a_number_of_elements_all_bytes_are_decoded(self, codec):
+        rows = np.random.default_rng(3).standard_normal((2, 64)).astype(np.float32)
+        encoded = codec.encode(rows)
+        assert np.array_equal(codec.decode(encoded), codec.decode(encoded, 64))
+        assert np.array_equal(codec.decode(encoded)[:, :37], codec.decode(encoded, 37))
+
+    def test_no_rows(self, codec):
+        encoded = codec.encode(np.zeros((0, 40), np.float32))
+        assert encoded.shape == (0, codec.row_bytes(40))
+        assert codec.decode(encoded, 40).shape == (0, 40)
 
     def test_encoded_shape_is_row_bytes(self, codec):
         encoded = codec.encode(np.ones((3, 7), np.float32))
@@ -56,7 +73,9 @@ class TestConformance:
         rows = np.random.default_rng(2).standard_normal((8, 12)).astype(np.float32)
         assert (codec.encode(rows[::2, ::3]) == codec.encode(rows[::2, ::3].copy())).all()
 
-    def test_infinity_is_kept(self, codec):
+    @pytest.mark.parametrize("name", INFINITE)
+    def test_infinity_is_kept(self, name):
+        codec = codec_named(name)
         rows = np.array([[np.inf, -np.inf, 1.0]], np.float32)
         assert (codec.decode(codec.encode(rows)) == rows).all()
 
@@ -93,5 +112,5 @@ def test_bf16_rounds_as_torch_does(bits):
 
 
 def test_unknown_codec():
-    with pytest.raises(StoreError, match=r"int3.*f32, f16, bf16"):
+    with pytest.raises(StoreError, match=r"int3.*f32, f16, bf16, int8"):
         codec_named("int3")

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from flashinfer.pack import pack
-from tests.plain_checkpoint import write_checkpoint
+from flashinfer.store import open_store
+from tests.plain_checkpoint import OPT, write_checkpoint
+from tests.store.predicted import add_predictors
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +34,19 @@ def _packed(checkpoint: Path, permutations: list[list[int]]) -> Path:
 def store(_packed: Path, tmp_path: Path) -> Path:
     """A copy of the packed plain checkpoint (permuted, 2 bundles to a record), free to be damaged."""
     return Path(shutil.copytree(_packed, tmp_path / "store"))
+
+
+@pytest.fixture(scope="session")
+def _calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("calibrated")
+    pack(write_checkpoint(folder / "checkpoint", OPT), folder / "store", decision="bundled", bundles_per_record=2)
+    return add_predictors(open_store(folder / "store")).root
+
+
+@pytest.fixture
+def calibrated(_calibrated: Path, tmp_path: Path) -> Path:
+    """A copy of a bundled store with decision biases, all predictors and a calibration, free to be damaged."""
+    return Path(shutil.copytree(_calibrated, tmp_path / "calibrated"))
 
 
 @pytest.fixture

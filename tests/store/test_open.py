@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,27 +15,8 @@ from flashinfer.errors import StoreError, StoreReadError
 from flashinfer.store import open_store
 from flashinfer.store.manifest import encode_manifest
 from flashinfer.store.parse import decode_manifest
+from tests.store.forging import Forge, forge, put
 from tests.store_contents import manifest_of, values
-
-Forge = Callable[[dict[str, Any]], Any]
-
-
-def forge(store: Path, change: Forge) -> None:
-    m = manifest_of(store)
-    change(m)
-    (store / "manifest.json").write_text(json.dumps(m))
-
-
-def put(path: str, value: Any) -> Forge:
-    """Set one value by its dotted path (`/` where keys have dots themselves)."""
-
-    def change(m: Any) -> None:
-        *way, last = path.split("/")
-        for step in way:
-            m = m[int(step) if isinstance(m, list) else step]
-        m[int(last) if isinstance(m, list) else last] = value
-
-    return change
 
 
 def rename(kind: str, name: str) -> Forge:
@@ -57,7 +36,7 @@ def same_file_twice(m: dict[str, Any]) -> None:
 
 
 FORGED: dict[str, tuple[Forge, str]] = {
-    "newer version": (put("version", 2), "version 2; this program reads up to 1: upgrade"),
+    "newer version": (put("version", 3), "version 3; this program reads up to 2: upgrade"),
     "version zero": (put("version", 0), "a positive integer"),
     "version text": (put("version", "1"), "a positive integer"),
     "version true": (put("version", True), "a positive integer"),

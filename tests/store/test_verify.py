@@ -1,18 +1,11 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from flashinfer.errors import StoreReadError
 from flashinfer.store import open_store, verify
+from tests.store.forging import flip
 from tests.store_contents import manifest_of
-
-
-def flip(path: Path, offset: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 1
-    path.write_bytes(data)
 
 
 def test_a_sound_store(store):

@@ -208,7 +208,7 @@ def test_a_disk_that_is_really_full(place, checkpoint, monkeypatch):
     try:
         with pytest.raises(DiskFullError, match="free, the store needs"):
             pack(checkpoint, place / "model.flash")
-        monkeypatch.setattr("flashinfer.store.writer._check_room", lambda directory, need: None)
+        monkeypatch.setattr("flashinfer.store.writer.check_room", lambda directory, need: None)
         with pytest.raises(DiskFullError, match="the disk filled up while writing"):
             pack(checkpoint, place / "model.flash")
         assert list(place.iterdir()) == []

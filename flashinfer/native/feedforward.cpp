@@ -1,0 +1,187 @@
+// Neurons anywhere in memory: their decision products, and what they add to the output.
+#include <algorithm>
+
+#include "engine.hpp"
+
+namespace flashinfer {
+
+namespace {
+
+// products += bias, in one rounding: what adding the decoded value gives.
+void add_bias(const Table& table, Codec codec, const std::uint8_t* bias, float* products, long tokens, long stride) {
+    const float one = 1;
+    table.sums(codec, {&bias, 1, 0}, &one, 0, int(tokens), 1, products, stride);
+}
+
+}  // namespace
+
+void Engine::decide(float* out, long neurons, const float* x, long tokens, long width, const Decision& d) {
+    auto lock = pool_.exclusive();
+    const std::uint8_t** rows = rows_.get(d.count);
+    std::int32_t* place = lists_.get(d.count);
+    long count = 0;
+    for (long i = 0; i < d.count; i++)
+        if (d.index[i] >= 0) {
+            rows[count] = d.memory + d.offsets[i] + d.rows.offset;
+            place[count++] = std::int32_t(d.index[i]);
+        }
+    const long share = tokens == 1 ? GATHERED : MOST_ROWS, integers = integers_at(d.rows.codec, width);
+    spread(ceil_div(count, share), count * width * tokens, [&](int task, int) {
+        const long a = task * share, some = std::min(share, count - a);
+        const long ahead = tokens == 1 ? std::min(AHEAD, count - a - some) : 0;
+        const Rows wanted{rows + a, int(some), int(ahead), integers};
+        float products[TOKENS * MOST_ROWS];
+        for (long t = 0; t < tokens; t += TOKENS) {
+            const long many = std::min(TOKENS, tokens - t);
+            table_.dots(d.rows.codec, wanted, x + t * width, width, int(many), width, products, share);
+            for (long r = 0; r < some; r++) {
+                const std::uint8_t* bias = rows[a + r] - d.rows.offset + d.bias.offset;
+                if (d.bias.offset >= 0) add_bias(table_, d.bias.codec, bias, products + r, many, share);
+                float* to = out + t * neurons + place[a + r];
+                for (long i = 0; i < many; i++) to[i * neurons] = products[i * share + r];
+            }
+        }
+    });
+}
+
+void Engine::ffn(float* acc, const float* x, long tokens, long width, const Neurons& neurons) {
+    auto lock = pool_.exclusive();
+    if (tokens == 1) return ffn_one(acc, x, width, neurons);
+    for (long tile = 0; tile < neurons.tiles; tile++) ffn_tile(acc, x, tokens, width, neurons, tile);
+}
+
+namespace {
+
+// h *= up product and bias: the factor of a neuron's down row.
+void gate(const Table& table, float* h, const float* products, const std::uint8_t* const* bundles, long count,
+          const Part& bias) {
+    for (long i = 0; i < count; i++) {
+        float value = products[i];
+        if (bias.offset >= 0) {
+            const float one = 1;
+            const std::uint8_t* at = bundles[i] + bias.offset;
+            float b = 0;
+            table.dots(bias.codec, {&at, 1, 0}, &one, 1, 1, 1, &b, 1);
+            value += b;
+        }
+        h[i] *= value;
+    }
+}
+
+}  // namespace
+
+// One token. A neuron that fired exactly zero is left out, here as in prefill, so that it adds nothing in either.
+void Engine::ffn_one(float* acc, const float* x, long width, const Neurons& n) {
+    const long most = n.tiles * n.tile;
+    const std::uint8_t** bundles = rows_.get(3 * most);
+    const std::uint8_t **ups = bundles + most, **downs = ups + most;
+    float *h = values_.get(2 * most), *products = h + most;
+    long count = 0;
+    for (long i = 0; i < most; i++)
+        if (n.fired[i] != 0) {
+            h[count] = n.fired[i];
+            bundles[count] = n.memory + n.offsets[i];
+            ups[count] = bundles[count] + n.up.offset;
+            downs[count] = bundles[count] + n.down.offset;
+            count++;
+        }
+    if (n.up.offset >= 0)
+        spread(ceil_div(count, GATHERED), count * width, [&](int task, int) {
+            const long a = task * GATHERED, b = std::min(count, a + GATHERED);
+            const int ahead = int(std::min(AHEAD, count - b));
+            table_.dots(n.up.codec, {ups + a, int(b - a), ahead, integers_at(n.up.codec, width)}, x, width, 1, width,
+                        products + a, width);
+            gate(table_, h + a, products + a, bundles + a, b - a, n.up_bias);
+        });
+    const long share = column_share(width, pool_.threads());
+    spread(ceil_div(width, share), count * width, [&](int task, int) {
+        const long from = task * share, cols = std::min(share, width - from);
+        const long at_column = column_at(n.down.codec, from), integers = integers_at(n.down.codec, width, from);
+        const std::uint8_t* at[MOST_ROWS + AHEAD];
+        for (long i = 0; i < count; i += MOST_ROWS) {
+            const long some = std::min(MOST_ROWS, count - i), ahead = std::min(AHEAD, count - i - some);
+            for (long r = 0; r < some + ahead; r++) at[r] = downs[i + r] + at_column;
+            table_.sums(n.down.codec, {at, int(some), int(ahead), integers}, h + i, 0, 1, cols, acc + from, width);
+        }
+    });
+}
+
+namespace {
+
+// Which neurons of a tile each token needs, and its factors for them, one behind the other.
+struct Lists {
+    std::int32_t* index;  // [tokens, tile]
+    std::int32_t* count;  // [tokens]
+    float* h;             // [tokens, tile]
+    long tile;
+
+    void fill(const float* fired, long t) const {
+        std::int32_t found = 0;
+        for (long i = 0; i < tile; i++)
+            if (fired[t * tile + i] != 0) {
+                h[t * tile + found] = fired[t * tile + i];
+                index[t * tile + found++] = std::int32_t(i);
+            }
+        count[t] = found;
+    }
+
+    // Whether these tokens need the same neurons.
+    bool same(long from, long to) const {
+        for (long t = from + 1; t < to; t++)
+            if (count[t] != count[from] || !std::equal(index + t * tile, index + t * tile + count[t], index + from * tile))
+                return false;
+        return true;
+    }
+};
+
+// Calls f(token, tokens) for the tokens of a group: once where they need the same neurons, else one by one.
+template <class F> void by_need(const Lists& lists, long from, long to, const F& f) {
+    const long step = lists.same(from, to) ? to - from : 1;
+    for (long t = from; t < to; t += step)
+        if (lists.count[t]) f(t, step);
+}
+
+}  // namespace
+
+// Many tokens, one tile. What sums over columns or neurons is the order of one token, so it does not matter with whom
+// a token shares a pass over the weights.
+void Engine::ffn_tile(float* acc, const float* x, long tokens, long width, const Neurons& n, long tile) {
+    const long size = n.tile, groups = ceil_div(tokens, TOKENS);
+    const float* fired = n.fired + tile * tokens * size;
+    std::int32_t* memory = lists_.get(tokens * (size + 1));
+    const Lists lists{memory, memory + tokens * size, values_.get(tokens * size), size};
+    const std::uint8_t* bundles[MOST_ROWS];
+    for (long i = 0; i < size; i++) bundles[i] = n.memory + n.offsets[tile * size + i];
+    auto rows_of = [&](long t, long offset, long integers, const std::uint8_t** at) {
+        for (long i = 0; i < lists.count[t]; i++) at[i] = bundles[lists.index[t * size + i]] + offset;
+        return Rows{at, lists.count[t], 0, integers};
+    };
+    spread(groups, tokens * size * width, [&](int task, int) {
+        const long from = task * TOKENS, to = std::min(tokens, from + TOKENS);
+        for (long t = from; t < to; t++) lists.fill(fired, t);
+        if (n.up.offset < 0) return;
+        const std::uint8_t* at[MOST_ROWS];
+        float products[TOKENS * MOST_ROWS];
+        by_need(lists, from, to, [&](long t, long some) {
+            const Rows rows = rows_of(t, n.up.offset, integers_at(n.up.codec, width), at);
+            table_.dots(n.up.codec, rows, x + t * width, width, int(some), width, products, size);
+            rows_of(t, 0, 0, at);
+            for (long i = 0; i < some; i++)
+                gate(table_, lists.h + (t + i) * size, products + i * size, at, lists.count[t], n.up_bias);
+        });
+    });
+    const long share = column_share(width, pool_.threads());
+    spread(ceil_div(width, share), tokens * size * width, [&](int task, int) {
+        const long first = task * share, cols = std::min(share, width - first);
+        const long offset = n.down.offset + column_at(n.down.codec, first);
+        const long integers = integers_at(n.down.codec, width, first);
+        const std::uint8_t* at[MOST_ROWS];
+        for (long from = 0; from < tokens; from += TOKENS)
+            by_need(lists, from, std::min(tokens, from + TOKENS), [&](long t, long some) {
+                const Rows rows = rows_of(t, offset, integers, at);
+                table_.sums(n.down.codec, rows, lists.h + t * size, size, int(some), cols, acc + t * width + first, width);
+            });
+    });
+}
+
+}  // namespace flashinfer

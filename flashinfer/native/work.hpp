@@ -1,0 +1,21 @@
+// How work is cut into tasks.
+#pragma once
+
+namespace flashinfer {
+
+constexpr long WORTH_A_THREAD = 1 << 16;  // multiply-adds
+constexpr long MOST_ROWS = 64;            // rows of weights in one task
+constexpr long AHEAD = 8;                 // rows a kernel may prefetch behind its own
+constexpr long GATHERED = 16;             // neurons of one task when there is one token
+constexpr long TOKENS = 8;                // tokens of one task when there are more
+constexpr long ROUND = 32;                // columns are split at multiples of this: whole lines of f16, a group of int8
+
+constexpr long ceil_div(long a, long b) { return (a + b - 1) / b; }
+constexpr long round_up(long a, long b) { return ceil_div(a, b) * b; }
+
+// Columns of one task: a few tasks per thread, so that a late one costs little.
+constexpr long column_share(long width, long threads) {
+    return round_up(ceil_div(width, threads == 1 ? 1 : 2 * threads), ROUND);
+}
+
+}  // namespace flashinfer

@@ -1,0 +1,238 @@
+"""Thresholds for SiLU and GELU GLU models: which neurons contribute too little to be read. Pure.
+
+CATS (arXiv 2404.08763) keeps a neuron where |act(g)| exceeds one number per layer. What a neuron adds to the output is
+act(g) * u * down, so, as CHESS (arXiv 2409.01366) does with the mean of |u|, each neuron n has a weight, w_n =
+rms(u_n) * |down_n|, and is kept where |act(g)| * w_n > tau: its threshold is tau / w_n.
+
+One tau per layer decides its density. How a mean density spreads over the layers is one more choice (`Spread`): the
+dropped contributions may be equally many in each layer, or equally large, by themselves or beside the layer's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Wide = npt.NDArray[np.float64]
+Rows = Callable[[int, int], Floats]
+Weighting = Literal["one", "up", "contribution"]
+Spread = Literal["uniform", "absolute", "output"]
+
+BLOCK = 256
+"""Neurons looked at together."""
+OUTPUT_TOKENS = 512
+"""Tokens whose FFN outputs are summed, at most."""
+LARGEST = np.float32(1e30)
+"""Threshold of a neuron that never contributes anything."""
+_BIN_SHIFT = 12
+_BINS = 1 << (31 - _BIN_SHIFT)
+_INFINITY = 0x7F800000 >> _BIN_SHIFT
+"""Scores are counted by the upper bits of their float32, which are in order: bins 0.05 % wide."""
+
+
+@dataclass(frozen=True)
+class GluLayer:
+    """The FFN weights of a layer, some neurons at a time.
+
+    activation: on float32 arrays. gate, up: rows first .. last, `[last - first, hidden]`; down: the columns of these
+    neurons, likewise `[last - first, hidden]`. The biases are `[neurons]`, None where there are none.
+    """
+
+    neurons: int
+    activation: Callable[[Floats], Floats]
+    gate: Rows
+    up: Rows
+    down: Rows
+    gate_bias: Floats | None = None
+    up_bias: Floats | None = None
+
+    def values(self, x: Floats, first: int, last: int) -> tuple[Floats, Floats]:
+        """act(g) and u of some neurons for the inputs `x` `[tokens, hidden]`: both `[tokens, last - first]`."""
+        gate, up = x @ self.gate(first, last).T, x @ self.up(first, last).T
+        if self.gate_bias is not None:
+            gate += self.gate_bias[first:last]
+        if self.up_bias is not None:
+            up += self.up_bias[first:last]
+        return self.activation(gate), up
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How much the neurons of one layer contribute: what every threshold of the layer follows from.
+
+    weights: w_n `[neurons]`. counts: pairs of a token and a neuron by score |act(g)| * w_n, in bins. lost: mean over
+    tokens of the sum of (act(g) u |down|)^2 over the pairs in a bin. output: rms over tokens of the norm of the output.
+    """
+
+    weights: Floats
+    counts: npt.NDArray[np.int64]
+    lost: Wide
+    output: float
+
+    def tau(self, density: float) -> float:
+        """The score above which that share of all pairs lies, to the width of a bin."""
+        above = np.cumsum(self.counts[::-1])[::-1]
+        return _edge(int(np.count_nonzero(above > density * self.counts.sum())))
+
+    def density(self, tau: float) -> float:
+        """Share of all pairs above a score."""
+        return float(self.counts[_bin(tau) :].sum() / self.counts.sum())
+
+    def error(self, tau: float) -> float:
+        """Norm of what is dropped below a score beside that of the output, as if no two neurons' parts were alike."""
+        return float(np.sqrt(self.lost[: _bin(tau)].sum()) / max(self.output, 1e-30))
+
+    def thresholds(self, tau: float) -> Floats:
+        """t of each neuron, `[neurons]`: it is kept where |act(g)| > t."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            t = np.where(self.weights > 0, np.float32(tau) / self.weights, LARGEST)
+        return np.minimum(t, LARGEST).astype(np.float32)
+
+
+def score_layer(layer: GluLayer, x: Floats, weighting: Weighting = "contribution") -> Scores:
+    """Look at all neurons of a layer with sampled inputs. Memory: a block of neurons and their values, and the bins.
+
+    Args:
+        layer: the weights.
+        x: `[tokens, hidden]`, sampled inputs of the FFN (after its norm); a memory map will do.
+        weighting: w_n: 1 as in CATS; mean of |u_n| as in CHESS; rms(u_n) * |down_n|.
+
+    Raises:
+        ValueError: no samples.
+    """
+    if not len(x):
+        raise ValueError("thresholds need samples")
+    weights = np.zeros(layer.neurons, dtype=np.float32)
+    counts, lost = np.zeros(_BINS, dtype=np.int64), np.zeros(_BINS)
+    output = np.zeros((min(len(x), OUTPUT_TOKENS), x.shape[1]), dtype=np.float32)
+    for first in range(0, layer.neurons, BLOCK):
+        last = min(layer.neurons, first + BLOCK)
+        act, up = layer.values(x, first, last)
+        down = layer.down(first, last)
+        norm = np.linalg.norm(down, axis=1)
+        weights[first:last] = _weights(up, norm, weighting)
+        bins = _bins(np.abs(act) * weights[first:last])
+        product = act * up
+        output += product[: len(output)] @ down
+        counts += np.bincount(bins, minlength=_BINS)
+        lost += np.bincount(bins, weights=np.square(product * norm, dtype=np.float64).ravel(), minlength=_BINS)
+    return Scores(weights, counts, lost / len(x), float(np.sqrt(np.square(output).sum(axis=1).mean())))
+
+
+def spread(layers: Sequence[Scores], density: float, how: Spread = "output") -> tuple[float, ...]:
+    """One tau per layer such that the mean density over the layers is the one asked for.
+
+    Args:
+        layers: scores of each layer.
+        density: mean share of neurons kept.
+        how: `uniform`: the same density in each layer. `absolute`: the same tau, so that what is dropped last is
+            equally large in all layers. `output`: tau in proportion to the layer's output: equally large beside that.
+
+    Raises:
+        ValueError: a density that is not above 0 and at most 1.
+    """
+    if not 0 < density <= 1:
+        raise ValueError(f"a density lies above 0 and is at most 1, not {density}")
+    if density == 1:
+        return (0.0,) * len(layers)
+    if how == "uniform":
+        return tuple(s.tau(density) for s in layers)
+    sizes = [s.output if how == "output" else 1.0 for s in layers]
+    low, high = -100.0, 100.0  # log2 of the common factor
+    for _ in range(60):
+        middle = (low + high) / 2
+        mean = np.mean([s.density(2**middle * size) for s, size in zip(layers, sizes, strict=True)])
+        low, high = (middle, high) if mean > density else (low, middle)
+    return tuple(2**high * size for size in sizes)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A knob's setting and what it cost."""
+
+    knob: float
+    cost: float
+
+
+def within_budget(
+    cost: Callable[[float], float],
+    budget: float,
+    *,
+    low: float,
+    high: float,
+    evaluations: int = 8,
+    close: float = 0.9,
+) -> tuple[Trial, ...]:
+    """Turn one knob as far as a budget allows, with few evaluations. Returns all trials, the chosen one first.
+
+    The cost grows with the knob, about as a power of it: the next setting is interpolated on logarithms, and kept away
+    from both ends of the bracket, so that measurements that are not quite monotone cost evaluations but no correctness.
+    The chosen trial was itself measured within the budget; it is the highest such knob below the lowest that was not.
+
+    Args:
+        cost: of a setting, for instance the relative increase of perplexity; expensive.
+        budget: what it may be, above 0.
+        low, high: ends of the knob, 0 < low < high.
+        evaluations: of `cost`, at most; at least 2.
+        close: ends early where the chosen trial uses this share of the budget.
+
+    Raises:
+        ValueError: an argument is out of its range, or even `low` costs more than the budget.
+    """
+    if not (budget > 0 and 0 < low < high and evaluations >= 2):
+        raise ValueError(f"nothing to look for: budget {budget}, knob from {low} to {high}, {evaluations} evaluations")
+    trials = [Trial(high, cost(high))]
+    if trials[0].cost <= budget:
+        return tuple(trials)
+    bad = trials[0]
+    good = Trial(low, cost(low))
+    trials.append(good)
+    if not good.cost <= budget:
+        raise ValueError(f"even at {low} the cost is {good.cost:g}, above the budget of {budget:g}")
+    while len(trials) < evaluations and good.cost < close * budget and bad.knob > 1.01 * good.knob:
+        trial = _try(cost, _between(good, bad, budget))
+        trials.append(trial)
+        good, bad = (trial, bad) if trial.cost <= budget else (good, trial)
+    return (good, *(t for t in trials if t is not good))
+
+
+def _try(cost: Callable[[float], float], knob: float) -> Trial:
+    return Trial(knob, cost(knob))
+
+
+def _between(good: Trial, bad: Trial, budget: float) -> float:
+    """Where the cost is expected to meet the budget, in the middle eight tenths of the bracket."""
+    share = 0.5
+    if 0 < good.cost < bad.cost < np.inf:
+        share = float(np.log(budget / good.cost) / np.log(bad.cost / good.cost))
+    return float(good.knob * (bad.knob / good.knob) ** min(0.9, max(0.1, share)))
+
+
+def _weights(up: Floats, norm: Floats, weighting: Weighting) -> Floats:
+    if weighting == "one":
+        return np.ones_like(norm)
+    if weighting == "up":
+        size: Floats = np.abs(up).mean(axis=0)
+        return size
+    rms: Floats = np.sqrt(np.square(up).mean(axis=0))
+    return np.asarray(rms * norm)
+
+
+def _bins(scores: Floats) -> npt.NDArray[np.int64]:
+    """The bin of each score, flat; a score is not negative."""
+    flat = np.ascontiguousarray(scores, dtype=np.float32).ravel()
+    return (flat.view(np.uint32) >> _BIN_SHIFT).astype(np.int64)
+
+
+def _bin(tau: float) -> int:
+    return int(_bins(np.array([tau], dtype=np.float32))[0])
+
+
+def _edge(index: int) -> float:
+    """The least score of a bin."""
+    return float(np.array([min(index, _INFINITY) << _BIN_SHIFT], dtype=np.uint32).view(np.float32)[0])
