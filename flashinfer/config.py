@@ -135,8 +135,8 @@ class RunConfig:
     ring: int = 32 * MIB
     """Bytes that may be read ahead of their use, where the cap allows."""
     lookahead: bool | None = None
-    """Whether the predictor is asked for the next layer beforehand, to read what it names while this one computes. None:
-    where that was measured to pay (low-rank)."""
+    """Whether the predictor is asked for the next layer beforehand, to read what it names while this one computes.
+    None: where that was measured to pay (low-rank)."""
     guess: int = 8 * MIB
     """Bytes of one half of the buffer for such reads, where the cap allows."""
 

@@ -266,7 +266,7 @@ class Model:
         return predict(c, self.plan, prompt_tokens=prompt_tokens)
 
     def observe(self, observer: Observer | None) -> None:
-        """Show every layer of every step from now on to the observer; None ends it. What it takes is not in the plan."""
+        """Show every layer of every step to the observer from now on; None ends it. Its memory is not in the plan."""
         self._decoder.observer = observer
 
     @property

@@ -38,8 +38,10 @@ def lowrank_tensors(store: Store, rank: int = RANK) -> list[PredictorTensor]:
 def calibration(layers: int, levels: list[Level]) -> Calibration:
     chosen = {level.predictor: n for n, level in reversed(list(enumerate(levels)))}
     kinds = ("low-rank", "threshold")
-    statistics = {k: (STATISTICS,) * layers for k in ("exact", "certified", *kinds)}
-    return Calibration("tests", "0" * 32, 100, 10, statistics, tuple(levels), {k: chosen[k] for k in kinds if k in chosen})
+    statistics = dict.fromkeys(("exact", "certified", *kinds), (STATISTICS,) * layers)
+    return Calibration(
+        "tests", "0" * 32, 100, 10, statistics, tuple(levels), {k: chosen[k] for k in kinds if k in chosen}
+    )
 
 
 def level(predictor: str, target: float, adjust: float, layers: int, perplexity: float = 10.1) -> Level:
@@ -47,7 +49,7 @@ def level(predictor: str, target: float, adjust: float, layers: int, perplexity:
 
 
 def calibrate_plainly(path: Path, *, threshold: float = 0.1) -> Path:
-    """Give a store its predictors: bundled ones sketches and factors, others thresholds where the model is not sparse."""
+    """Give a store its predictors: bundled ones sketches and factors, other ones thresholds unless the model is sparse."""
     store = open_store(path)
     m, layers = store.manifest, store.manifest.facts.num_layers
     if m.layers[0].decision == "bundled":
@@ -63,6 +65,6 @@ def calibrate_plainly(path: Path, *, threshold: float = 0.1) -> Path:
         if tensors:
             file, entries = write_predictors(update, tensors)
             m = msgspec.structs.replace(m, predictors=file, tensors=m.tensors | entries)
-        section = update.write_calibration(calibration(layers, levels))
+        section = update.write_calibration(calibration(layers, levels), m)
         update.commit(msgspec.structs.replace(m, sections={"calibration": section}))
     return path

@@ -138,7 +138,8 @@ class Twin:
 
     def __init__(
         self, path: Path, facts: Facts, *, threads: int = 1, context: int = 256,
-        kv_type: KvType = "f32", backend: BackendName = "auto", choice: Choice | None = None, store: Store | None = None,
+        kv_type: KvType = "f32", backend: BackendName = "auto", choice: Choice | None = None,
+        store: Store | None = None,
     ) -> None:  # fmt: skip
         """choice, store: a predictor, and the store its tensors are taken from."""
         assert TILE_NEURONS > 0

@@ -55,7 +55,9 @@ def command(
         samples = compare(
             store, tokenizer.encode(prompt), tokens=tokens, rounds=rounds, run=RunConfig(), cap=cap,
             settings=settings,
-            on_sample=lambda s: status.update(f"{s.mode}, {s.predictor}, {s.objective}: {s.tokens_per_second:.2f} tokens/s"),
+            on_sample=lambda s: status.update(
+                f"{s.mode}, {s.predictor}, {s.objective}: {s.tokens_per_second:.2f} tokens/s"
+            ),
         )  # fmt: skip
     rows = [summary(s) for s in samples]
     if as_json:

@@ -18,8 +18,8 @@ class Plan:
     """Where every byte of the cap goes. All sizes in bytes; `total <= cap` always holds.
 
     `weight_*` fields are DRAM that holds weights in any form; the rest only counts under `--memory`.
-    neuron_staging: one half of the buffer misses are read to. guess: one half of the buffer for guesses. ring: memory what is known beforehand is streamed
-    through, in pieces of at most `piece` bytes.
+    neuron_staging: one half of the buffer misses are read to. guess: one half of the buffer for guesses. ring: memory
+    what is known beforehand is streamed through, in pieces of at most `piece` bytes.
     """
 
     cap: int

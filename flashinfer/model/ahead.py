@@ -45,8 +45,8 @@ class Guesses:
     """Reads of records that the next layer will probably need, into two halves of a buffer in turn.
 
     They are submitted once the reads that this layer waits for have ended, and are never more than what lately had
-    arrived when the next layer began: so they fill the time in which the disk would stand still. Invariant: the half that
-    was taken last is not written to until the next is taken.
+    arrived when the next layer began: so they fill the time in which the disk would stand still. Invariant: the half
+    that was taken last is not written to until the next is taken.
     """
 
     def __init__(

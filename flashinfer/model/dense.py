@@ -124,7 +124,7 @@ class DenseWeights:
             for reading in waiting:
                 reads.wait(reading)
             rows = np.stack([buffer.array[a + p.place :][:width] for p, a in zip(plans, starts[:-1], strict=True)])
-        return codec_named(tensor.codec).decode(rows)
+        return codec_named(tensor.codec).decode(rows, tensor.shape[1])
 
     def close(self) -> None:
         """Drop the weights; reads in flight are awaited first."""

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
+import xxhash
 
 from flashinfer.errors import StoreError
 from flashinfer.store.facts import Facts
+from flashinfer.store.manifest import Manifest
 
 SECTION = "calibration"
 """Name of the section, and of its file."""
@@ -87,6 +89,7 @@ class Calibration(_Strict, frozen=True):
         statistics: per layer, of each way to select that was measured.
         levels: settings of predictors, measured.
         chosen: index into `levels` of what a predictor uses when nobody says.
+        weights: `weights_id` of the store it belongs to.
     """
 
     generator: str
@@ -96,6 +99,12 @@ class Calibration(_Strict, frozen=True):
     statistics: dict[Selection, tuple[LayerStatistics, ...]]
     levels: tuple[Level, ...] = ()
     chosen: dict[Approximate, int] = {}
+    weights: str = ""
+
+
+def weights_id(manifest: Manifest) -> str:
+    """Names the weights of a store as they lie in it: 32 hex digits."""
+    return xxhash.xxh3_128_hexdigest(f"{manifest.dense.xxh3} {manifest.neurons.xxh3}".encode())
 
 
 def encode_calibration(calibration: Calibration) -> bytes:

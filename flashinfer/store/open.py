@@ -14,7 +14,7 @@ import xxhash
 
 from flashinfer.errors import StoreError, StoreReadError
 from flashinfer.quant import codec_named
-from flashinfer.store.calibration import SECTION, Calibration, decode_calibration
+from flashinfer.store.calibration import SECTION, Calibration, decode_calibration, weights_id
 from flashinfer.store.geometry import Geometry
 from flashinfer.store.manifest import MANIFEST_NAME, FileEntry, Manifest
 from flashinfer.store.parse import decode_manifest
@@ -75,7 +75,13 @@ class Store:
         data, where = self.read_range(entry, 0, entry.bytes), str(self.path_of(entry))
         if xxhash.xxh3_128_hexdigest(data) != entry.xxh3:
             raise StoreError(f"{where} does not match its checksum; run `flashinfer calibrate` again")
-        return decode_calibration(data, self.manifest.facts, where)
+        found = decode_calibration(data, self.manifest.facts, where)
+        if found.weights != weights_id(self.manifest):
+            raise StoreError(
+                f"{where} was made for other weights (of another store, or of this one before it was changed); "
+                "run `flashinfer calibrate` again"
+            )
+        return found
 
     def read_range(self, entry: FileEntry, offset: int, length: int) -> bytes:
         """Plain positional read of `length` bytes of a file. Raises StoreReadError where they are not all there."""

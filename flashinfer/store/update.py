@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from flashinfer.errors import StoreError
-from flashinfer.store.calibration import SECTION, Calibration, check_calibration, encode_calibration
+from flashinfer.store.calibration import SECTION, Calibration, check_calibration, encode_calibration, weights_id
 from flashinfer.store.files import DataFiles, HashedFile, check_room, lock_directory, sync_directory, writing
 from flashinfer.store.manifest import MANIFEST_NAME, VERSION, FileEntry, Manifest, encode_manifest
 from flashinfer.store.open import Store, check_sizes, read_manifest
@@ -83,13 +83,15 @@ class StoreUpdate(DataFiles):
         sync_directory(self.directory)
         self._clean_up_later()
 
-    def write_calibration(self, calibration: Calibration) -> FileEntry:
-        """Write the calibration's file: what `sections["calibration"]` of the manifest to be committed names.
+    def write_calibration(self, calibration: Calibration, manifest: Manifest) -> FileEntry:
+        """Write the calibration's file: what `sections["calibration"]` of the manifest to be committed names. It will
+        hold for the weights of that manifest only.
 
         Raises:
             StoreError: it holds a value that no calibration of this model can, or cannot be written.
             DiskFullError: no room.
         """
+        calibration = msgspec.structs.replace(calibration, weights=weights_id(manifest))
         check_calibration(calibration, self.store.manifest.facts, f"a new calibration of {self.directory}")
         with self.create(SECTION, ".json") as file:
             file.write(encode_calibration(calibration))

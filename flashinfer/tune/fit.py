@@ -15,6 +15,9 @@ from flashinfer.tune.samples import Block
 
 CLIP: Final = 30.0
 """Scores beyond it have the gradient of this one; it keeps exp from overflowing."""
+FAVOUR: Final = 3.0
+"""Weight of the neurons that fire, together, against the others: so the low rank is spent where recalls of 0.9 and more
+are decided. Against 1, up to 11 % fewer are named at a recall of 0.99, and 2 % more at 0.9 (embedded model)."""
 FLOAT: Final = 4
 STEADY: Final = 1e-12
 """Keeps Adam from dividing by 0."""
@@ -59,10 +62,10 @@ class Training:
 
 
 def balance(density: float) -> float:
-    """What a missed neuron weighs in the loss when a share `density` of them fires: as many times more than one named
-    in vain as there are more that do not fire, so that both sides weigh the same."""
+    """What a missed neuron weighs in the loss, against one named in vain, when a share `density` of them fires: as many
+    times more as there are more that do not fire, so that both sides weigh the same; and `FAVOUR` times that."""
     density = min(max(density, 1e-4), 0.5)
-    return (1 - density) / density
+    return FAVOUR * (1 - density) / density
 
 
 def gradients(at: Arrays, values: Sequence[Any], x: Any, fired: Any, weight: Any) -> list[Any]:
@@ -154,4 +157,4 @@ def _size(values: Floats) -> float:
 def train_bytes(hidden: int, neurons: int, rank: int, batch: int) -> int:
     """Memory `train` takes at most on numpy, start and batch included, the pool of samples not."""
     values = rank * (hidden + neurons) + neurons
-    return FLOAT * (7 * values + batch * (3 * neurons + 2 * hidden + 2 * rank)) + 2 * batch * neurons
+    return FLOAT * (7 * values + batch * (3 * neurons + 3 * hidden + 2 * rank)) + 2 * batch * neurons

@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from flashinfer.config import PACK_BLOCK
 from flashinfer.errors import PredictorError
 from flashinfer.store import Manifest, Store
 from flashinfer.store.files import writing
 from flashinfer.store.roles import ffn_role
 from flashinfer.tune.collect import sample_file
-from flashinfer.tune.fit import NUMPY, Arrays, Training, balance, train
+from flashinfer.tune.fit import NUMPY, Arrays, Training, balance, train, train_bytes
 from flashinfer.tune.frontier import RECALLS, Frontier, Operation
-from flashinfer.tune.lowrank import Factors, Floats, closed_form, stored
+from flashinfer.tune.lowrank import Factors, Floats, closed_form, closed_form_bytes, stored
 from flashinfer.tune.rank import CODEC, OVER, RECALL, Need, allocate, factor_bytes, ladder, next_rank, smallest
 from flashinfer.tune.samples import Samples
 from flashinfer.tune.sketch import decision_blocks
@@ -27,6 +28,10 @@ HELD_OUT = 8
 """One sample in so many, the last ones, is not trained on but measured with."""
 MEASURED = 256
 """Samples scored at once."""
+FRONTIER = 8 * MIB
+"""Counts of scores, and what makes them."""
+DECISION_BLOCKS = 4 * PACK_BLOCK
+"""Rows of a decision matrix on their way from the store."""
 Progress = Callable[[int, int], None]
 """Told of layers done, and layers in all."""
 
@@ -102,14 +107,12 @@ def load_factors(work: Work, fitted: Fitted) -> Factors:
         return Factors(data["a"], data["b"], data["bias"])
 
 
-def fitting_bytes(hidden: int, neurons: int, rank: int, goal: Goal, batch: int = Training.batch) -> int:
+def fitting_bytes(hidden: int, neurons: int, rank: int, goal: Goal) -> int:
     """Memory that fitting one layer takes, in bytes, at most."""
-    factors = 4 * rank * (hidden + neurons) + 4 * neurons
-    wide = rank + 16  # spare directions of the closed form, in float64
-    closed = 8 * 4 * wide * (hidden + neurons)
-    steps = 6 * factors + 4 * batch * (4 * neurons + 2 * hidden)
-    measured = 4 * MEASURED * (4 * neurons + 2 * hidden) + 8 * MIB
-    return goal.memory + max(closed, steps, measured) + 2 * factors + 16 * MIB
+    closed = closed_form_bytes(hidden, neurons, rank, MEASURED)
+    steps = train_bytes(hidden, neurons, rank, Training.batch) + goal.memory
+    measured = 4 * MEASURED * (4 * neurons + 2 * hidden) + FRONTIER
+    return max(closed, steps, measured) + DECISION_BLOCKS
 
 
 def bundled_bytes(m: Manifest, layer: int) -> int:

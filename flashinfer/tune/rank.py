@@ -28,10 +28,12 @@ def factor_bytes(hidden: int, neurons: int, rank: int, codec: str = CODEC) -> in
 
 
 def ladder(hidden: int, neurons: int, most: int, codec: str = CODEC) -> tuple[int, ...]:
-    """The ranks worth trying for a layer: no more than `most` bytes, and at most half of either side of the matrix,
-    beyond which the decision matrix itself is the better predictor. Empty where not even the least fits."""
-    side = min(hidden, neurons) // 2
-    return tuple(r for r in LADDER if r <= side and factor_bytes(hidden, neurons, r, codec) <= most)
+    """The ranks worth trying for a layer: no more than `most` bytes, and, but for the least, at most half of either
+    side of the matrix, beyond which the decision matrix itself is the better predictor. Empty where not even the
+    least fits, or is more than a side."""
+    side = min(hidden, neurons)
+    ranks = [r for r in LADDER if 2 * r <= side or r == LADDER[0] <= side]
+    return tuple(r for r in ranks if factor_bytes(hidden, neurons, r, codec) <= most)
 
 
 def next_rank(ranks: Sequence[int], over: Mapping[int, float], asked: float, start: int) -> int | None:

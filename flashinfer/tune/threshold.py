@@ -4,8 +4,8 @@ CATS (arXiv 2404.08763) keeps a neuron where |act(g)| exceeds one number per lay
 act(g) * u * down, so, as CHESS (arXiv 2409.01366) does with the mean of |u|, each neuron n has a weight, w_n =
 rms(u_n) * |down_n|, and is kept where |act(g)| * w_n > tau: its threshold is tau / w_n.
 
-One tau per layer decides its density. How a mean density spreads over the layers is one more choice (`Spread`): the
-dropped contributions may be equally many in each layer, or equally large, by themselves or beside the layer's output.
+One tau per layer decides its density. How a mean density is spread over the layers is one more choice (`spread`): the
+same in each, or such that leaving out one more neuron harms the model as much in each, which takes a measurement.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ Floats = npt.NDArray[np.float32]
 Wide = npt.NDArray[np.float64]
 Rows = Callable[[int, int], Floats]
 Weighting = Literal["one", "up", "contribution"]
-Spread = Literal["uniform", "absolute", "output"]
 
 BLOCK = 256
 """Neurons looked at together."""
@@ -80,8 +79,8 @@ class Scores:
         return _edge(int(np.count_nonzero(above > density * self.counts.sum())))
 
     def density(self, tau: float) -> float:
-        """Share of all pairs above a score."""
-        return float(self.counts[_bin(tau) :].sum() / self.counts.sum())
+        """Share of all pairs above a score; those of score 0 are above none."""
+        return float(self.counts[max(1, _bin(tau)) :].sum() / self.counts.sum())
 
     def error(self, tau: float) -> float:
         """Norm of what is dropped below a score beside that of the output, as if no two neurons' parts were alike."""
@@ -124,31 +123,43 @@ def score_layer(layer: GluLayer, x: Floats, weighting: Weighting = "contribution
     return Scores(weights, counts, lost / len(x), float(np.sqrt(np.square(output).sum(axis=1).mean())))
 
 
-def spread(layers: Sequence[Scores], density: float, how: Spread = "output") -> tuple[float, ...]:
+def spread(layers: Sequence[Scores], density: float, sizes: Sequence[float] | None = None) -> tuple[float, ...]:
     """One tau per layer such that the mean density over the layers is the one asked for.
 
     Args:
         layers: scores of each layer.
         density: mean share of neurons kept.
-        how: `uniform`: the same density in each layer. `absolute`: the same tau, so that what is dropped last is
-            equally large in all layers. `output`: tau in proportion to the layer's output: equally large beside that.
+        sizes: the layers' taus are in proportion to these (see `sizes_of`). None: the same density in each layer.
 
     Raises:
-        ValueError: a density that is not above 0 and at most 1.
+        ValueError: a density that is not above 0 and at most 1, or a size that is not above 0.
     """
     if not 0 < density <= 1:
         raise ValueError(f"a density lies above 0 and is at most 1, not {density}")
-    if density == 1:
-        return (0.0,) * len(layers)
-    if how == "uniform":
+    if sizes is None:
         return tuple(s.tau(density) for s in layers)
-    sizes = [s.output if how == "output" else 1.0 for s in layers]
-    low, high = -100.0, 100.0  # log2 of the common factor
+    if not all(0 < size < np.inf for size in sizes):
+        raise ValueError(f"sizes lie above 0, not {sizes}")
+    low, high = -150.0, 150.0  # log2 of the common factor
     for _ in range(60):
         middle = (low + high) / 2
         mean = np.mean([s.density(2**middle * size) for s, size in zip(layers, sizes, strict=True)])
         low, high = (middle, high) if mean > density else (low, middle)
     return tuple(2**high * size for size in sizes)
+
+
+def sizes_of(layers: Sequence[Scores], taus: Sequence[float], losses: Sequence[float]) -> tuple[float, ...]:
+    """Taus at which one more neuron left out harms the model as much in each layer, up to a common factor.
+
+    losses: by how much the held-out loss grew with the threshold `taus[i]` in layer i alone. It is taken to grow with
+    the square of what is dropped, and so tau with the inverse root of loss per square. A layer whose loss is lost in
+    the noise counts as a tenth of the median.
+    """
+    floor = max(float(np.median(losses)) / 10, 1e-9)
+    dropped = [s.error(tau) * s.output for s, tau in zip(layers, taus, strict=True)]
+    return tuple(
+        max(size, 1e-30) / float(np.sqrt(max(loss, floor))) for size, loss in zip(dropped, losses, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -170,14 +181,15 @@ def within_budget(
 ) -> tuple[Trial, ...]:
     """Turn one knob as far as a budget allows, with few evaluations. Returns all trials, the chosen one first.
 
-    The cost grows with the knob, about as a power of it: the next setting is interpolated on logarithms, and kept away
-    from both ends of the bracket, so that measurements that are not quite monotone cost evaluations but no correctness.
-    The chosen trial was itself measured within the budget; it is the highest such knob below the lowest that was not.
+    The cost grows with the knob, about as a power of it (perplexity does, with the fourth power of the share of neurons
+    left out): the next setting is interpolated on logarithms, and kept away from both ends of the bracket, so that
+    measurements that are not quite monotone cost evaluations but no correctness. The chosen trial was itself measured
+    within the budget; it is the highest such knob below the lowest that was not.
 
     Args:
         cost: of a setting, for instance the relative increase of perplexity; expensive.
         budget: what it may be, above 0.
-        low, high: ends of the knob, 0 < low < high.
+        low, high: ends of the knob, 0 < low < high; both are tried first.
         evaluations: of `cost`, at most; at least 2.
         close: ends early where the chosen trial uses this share of the budget.
 
@@ -189,20 +201,15 @@ def within_budget(
     trials = [Trial(high, cost(high))]
     if trials[0].cost <= budget:
         return tuple(trials)
-    bad = trials[0]
-    good = Trial(low, cost(low))
+    bad, good = trials[0], Trial(low, cost(low))
     trials.append(good)
     if not good.cost <= budget:
         raise ValueError(f"even at {low} the cost is {good.cost:g}, above the budget of {budget:g}")
     while len(trials) < evaluations and good.cost < close * budget and bad.knob > 1.01 * good.knob:
-        trial = _try(cost, _between(good, bad, budget))
-        trials.append(trial)
-        good, bad = (trial, bad) if trial.cost <= budget else (good, trial)
+        knob = _between(good, bad, budget)
+        trials.append(Trial(knob, cost(knob)))
+        good, bad = (trials[-1], bad) if trials[-1].cost <= budget else (good, trials[-1])
     return (good, *(t for t in trials if t is not good))
-
-
-def _try(cost: Callable[[float], float], knob: float) -> Trial:
-    return Trial(knob, cost(knob))
 
 
 def _between(good: Trial, bad: Trial, budget: float) -> float:

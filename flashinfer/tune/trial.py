@@ -29,7 +29,7 @@ class Trial:
         self._update.commit(self._with(calibration).manifest)
 
     def _with(self, calibration: Calibration) -> Store:
-        section = self._update.write_calibration(calibration)
+        section = self._update.write_calibration(calibration, self._manifest)
         sections = self._manifest.sections | {SECTION: section}
         return Store(self._update.directory, msgspec.structs.replace(self._manifest, sections=sections))
 

@@ -190,7 +190,7 @@ def test_a_failed_open_leaves_nothing_open(packed, monkeypatch) -> None:
     store = packed("llama").store
     Model.open(store).close()
     before = len(list(folder.iterdir())), threading.active_count()
-    for name in ("resolve_cap", "StreamedWeights", "Decoder"):
+    for name in ("settle", "StreamedWeights", "Decoder"):
         with monkeypatch.context() as patch:
             patch.setattr(engine, name, fails)
             with pytest.raises(StoreError, match="for the test"):

@@ -17,7 +17,7 @@ def change(store: Store, text: bytes = b"{}") -> Manifest:
     with StoreUpdate(store) as update:
         with update.create("text", f"-{TEXT}") as file:
             file.write(text)
-        section = update.write_calibration(calibration_for())
+        section = update.write_calibration(calibration_for(), store.manifest)
         manifest = msgspec.structs.replace(
             store.manifest, text=store.manifest.text | {TEXT: update.entries[0]}, sections={"calibration": section}
         )

@@ -72,7 +72,7 @@ def add_predictors(store: Store, *, codec: str = "f16") -> Store:
     m = store.manifest
     with StoreUpdate(store) as update:
         predictors, entries = write_predictors(update, tensors_for(m, codec=codec))
-        section = update.write_calibration(calibration_for(m.facts.num_layers))
+        section = update.write_calibration(calibration_for(m.facts.num_layers), m)
         changed = msgspec.structs.replace(
             m, predictors=predictors, tensors=m.tensors | entries, sections={"calibration": section}
         )

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flashinfer.errors import StoreError, StoreReadError
-from flashinfer.store import StoreUpdate, open_store
+from flashinfer.store import Store, StoreUpdate, open_store
 from flashinfer.store.calibration import (
     HOTTEST,
     SHARES,
@@ -100,7 +100,7 @@ def test_numbers_that_are_none_are_never_written(store, value, name):
     level = msgspec.structs.replace(c.levels[0], **{name: value})
     with StoreUpdate(open_store(store)) as update:
         with pytest.raises(StoreError, match="level 0"):
-            update.write_calibration(msgspec.structs.replace(c, levels=(level, *c.levels[1:])))
+            update.write_calibration(msgspec.structs.replace(c, levels=(level, *c.levels[1:])), update.store.manifest)
         assert update.entries == []
 
 
@@ -111,7 +111,9 @@ def test_statistics_that_are_no_numbers_are_never_written(store, name):
     worse = float("nan") if name == "density" else (*old[:-1], float("nan"))
     broken = msgspec.structs.replace(layer, **{name: worse})
     with StoreUpdate(open_store(store)) as update, pytest.raises(StoreError, match="layer 1"):
-        update.write_calibration(msgspec.structs.replace(calibration_for(), statistics={"exact": (layer, broken)}))
+        update.write_calibration(
+            msgspec.structs.replace(calibration_for(), statistics={"exact": (layer, broken)}), update.store.manifest
+        )
 
 
 def calibrations() -> st.SearchStrategy[Calibration]:
@@ -146,7 +148,9 @@ def test_a_store_without_one(store):
 
 
 def test_a_store_with_one(calibrated):
-    assert open_store(calibrated).calibration() == calibration_for()
+    found = open_store(calibrated).calibration()
+    assert found is not None
+    assert msgspec.structs.replace(found, weights="") == calibration_for()
 
 
 def test_a_damaged_one(calibrated):
@@ -159,3 +163,12 @@ def test_a_damaged_one(calibrated):
     path.write_bytes(data[:-10])
     with pytest.raises(StoreReadError, match=path.name):
         opened.calibration()
+
+
+def test_of_another_store(calibrated):
+    """A calibration under a manifest of other weights, as if files had been mixed."""
+    opened = open_store(calibrated)
+    neurons = msgspec.structs.replace(opened.manifest.neurons, xxh3="1" * 32)
+    mixed = Store(opened.root, msgspec.structs.replace(opened.manifest, neurons=neurons))
+    with pytest.raises(StoreError, match=r"other weights.*flashinfer calibrate"):
+        mixed.calibration()

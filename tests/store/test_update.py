@@ -25,7 +25,9 @@ def test_a_change(store):
     assert (names(store), is_sound(store)) == (expected_names(manifest), True)
     assert before - names(store) == {opened.manifest.text[TEXT].name}
     assert after.read_range(after.manifest.text[TEXT], 0, 2) == b"{}"
-    assert after.calibration() == calibration_for()
+    found = after.calibration()
+    assert found is not None
+    assert msgspec.structs.replace(found, weights="") == calibration_for()
 
 
 def test_leaving_without_commit(store):

@@ -58,6 +58,6 @@ def _commit(store: Store, tensors: list[PredictorTensor], kind: Approximate, adj
     calibration = Calibration("tests", "0" * 32, 100, 10, {}, levels, {kind: 0})
     with StoreUpdate(store) as update:
         file, entries = write_predictors(update, tensors)
-        sections = {**store.manifest.sections, SECTION: update.write_calibration(calibration)}
+        sections = {**store.manifest.sections, SECTION: update.write_calibration(calibration, store.manifest)}
         tensors_now = store.manifest.tensors | entries
         update.commit(msgspec.structs.replace(store.manifest, predictors=file, tensors=tensors_now, sections=sections))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -115,7 +116,7 @@ def test_a_lost_record_is_noticed(tmp_path: Path) -> None:
 
 def test_what_a_stopped_writer_left_is_not_whole(tmp_path: Path) -> None:
     block = made(20)
-    with pytest.raises(KeyboardInterrupt), SampleWriter(tmp_path / "s", HIDDEN, NEURONS) as writer:
+    with contextlib.suppress(KeyboardInterrupt), SampleWriter(tmp_path / "s", HIDDEN, NEURONS) as writer:
         writer.add(block.x, block.active)
         raise KeyboardInterrupt
     with pytest.raises(StoreError, match="not whole"):
@@ -131,6 +132,12 @@ def test_a_file_without_samples_is_whole(tmp_path: Path) -> None:
             next(samples.shuffled(range(0), 4, np.random.default_rng(0), 1000))
 
 
+def test_masks_alone_are_samples_too(tmp_path: Path) -> None:
+    block = Block(np.empty((40, 0), np.float32), made(40).active)
+    with Samples(write(tmp_path / "s", block)) as samples:
+        assert same(samples.read(0, 40), block)
+
+
 def test_no_file_is_an_error_of_ours(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="cannot be read"):
         Samples(tmp_path / "none")
@@ -144,9 +151,11 @@ def test_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def full(fd: int, data: bytes) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(DiskFullError), SampleWriter(tmp_path / "s", HIDDEN, NEURONS) as writer:
-        monkeypatch.setattr(os, "write", full)
-        writer.add(block.x, block.active)
+    with SampleWriter(tmp_path / "s", HIDDEN, NEURONS) as writer:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            with pytest.raises(DiskFullError, match="free some space"):
+                writer.add(block.x, block.active)
 
 
 @pytest.mark.parametrize("memory", [0, 3000, 1 << 20])
@@ -197,7 +206,9 @@ def test_shuffling_keeps_to_its_memory(tmp_path: Path) -> None:
         batch = size * (4 * 256 + 512)
         tracemalloc.start()
         try:
-            for _ in itertools.islice(samples.shuffled(range(samples.count), size, np.random.default_rng(0), memory), 99):
+            for _ in itertools.islice(
+                samples.shuffled(range(samples.count), size, np.random.default_rng(0), memory), 99
+            ):
                 pass
             peak = tracemalloc.get_traced_memory()[1]
         finally:

@@ -1,0 +1,216 @@
+"""Thresholds: bounds on the gate that decide exactly, scores against a plain twin, and the search for a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashinfer.predict.criterion import bounds
+from flashinfer.store import Activation
+from flashinfer.tune import threshold as module
+from flashinfer.tune.threshold import LARGEST, GluLayer, Weighting, score_layer, sizes_of, spread, within_budget
+
+Floats = npt.NDArray[np.float32]
+
+ACTIVATIONS: dict[Activation, Callable[[float], float]] = {
+    "silu": lambda x: x * sigmoid(x),
+    "gelu": lambda x: x * math.erfc(-x / math.sqrt(2)) / 2,
+    "gelu_tanh": lambda x: x * sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)),
+    "gelu_quick": lambda x: x * sigmoid(1.702 * x),
+}
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
+
+
+@given(
+    st.sampled_from(sorted(ACTIVATIONS)),
+    st.lists(st.floats(0, 50, width=32) | st.floats(0, 0.25, width=32), min_size=1, max_size=5),
+    st.lists(st.floats(-1000, 1000, width=32), max_size=10),
+)
+def test_bounds_are_where_the_activation_exceeds_the_threshold(
+    activation: Activation, thresholds: list[float], gates: list[float]
+) -> None:
+    t = np.array(thresholds, dtype=np.float32)
+    high, low, up = bounds(activation, t)
+    for n in range(len(t)):
+        near = [np.nextafter(b[n], np.float32(to)) for b in (high, low, up) for to in (-np.inf, np.inf)]
+        for g in [*near, high[n], low[n], up[n], *np.array(gates, dtype=np.float32)]:
+            size = abs(ACTIVATIONS[activation](float(g)))
+            if not math.isclose(size, float(t[n]), rel_tol=1e-14, abs_tol=1e-300):
+                assert bool(g > high[n] or low[n] < g < up[n]) == (size > float(t[n])), (activation, g, t[n])
+
+
+@dataclass(frozen=True)
+class Made:
+    """A random layer whose neurons differ in size, some of which add nothing, and inputs for it."""
+
+    layer: GluLayer
+    act: Floats
+    up: Floats
+    norm: Floats
+    outputs: Floats
+    x: Floats
+
+
+def silu(g: Floats) -> Floats:
+    return np.asarray(g / (1 + np.exp(-g)), dtype=np.float32)
+
+
+def make(neurons: int = 50, tokens: int = 40, seed: int = 0, biases: bool = True) -> Made:
+    rng = np.random.default_rng(seed)
+    gate, up, down = (rng.standard_normal((neurons, 16)).astype(np.float32) for _ in range(3))
+    down *= np.exp(rng.standard_normal((neurons, 1))).astype(np.float32)
+    down[::9] = 0
+    b, c = (rng.standard_normal(neurons).astype(np.float32) if biases else None for _ in range(2))
+    x = rng.standard_normal((tokens, 16)).astype(np.float32)
+    layer = GluLayer(
+        neurons, silu, lambda i, j: gate[i:j], lambda i, j: up[i:j], lambda i, j: down[i:j], gate_bias=b, up_bias=c
+    )
+    act, u = silu(x @ gate.T + (0 if b is None else b)), x @ up.T + (0 if c is None else c)
+    return Made(layer, act, u, np.linalg.norm(down, axis=1), (act * u) @ down, x)
+
+
+def twin_weights(made: Made, weighting: Weighting) -> Floats:
+    if weighting == "contribution":
+        return np.sqrt((made.up**2).mean(axis=0)) * made.norm
+    return np.abs(made.up).mean(axis=0) if weighting == "up" else np.ones_like(made.norm)
+
+
+@pytest.mark.parametrize("block", [7, 50, 256])
+@pytest.mark.parametrize("weighting", ["one", "up", "contribution"])
+@pytest.mark.parametrize("biases", [False, True])
+def test_scores_are_those_of_all_neurons_at_once(
+    monkeypatch: pytest.MonkeyPatch, biases: bool, weighting: Weighting, block: int
+) -> None:
+    monkeypatch.setattr(module, "BLOCK", block)
+    made = make(biases=biases)
+    scores = score_layer(made.layer, made.x, weighting)
+    assert scores.weights == pytest.approx(twin_weights(made, weighting), rel=1e-5)
+    assert scores.output == pytest.approx(np.sqrt((made.outputs**2).sum(axis=1).mean()), rel=1e-5)
+    size = np.abs(made.act) * twin_weights(made, weighting)
+    for density in (0.05, 0.3, 0.8):
+        tau = scores.tau(density)
+        assert (size > tau).mean() == pytest.approx(density, abs=0.01)
+        assert scores.density(tau) == pytest.approx(density, abs=0.01)
+        lost = np.where(size > tau, 0, made.act * made.up * made.norm)
+        assert scores.error(tau) * scores.output == pytest.approx(np.sqrt((lost**2).sum(axis=1).mean()), rel=0.01)
+        kept = np.abs(made.act) > scores.thresholds(tau)
+        assert (kept == (size > tau)).mean() > 0.999
+
+
+def test_what_adds_nothing_is_never_kept() -> None:
+    made = make()
+    scores = score_layer(made.layer, made.x)
+    assert (scores.thresholds(scores.tau(0.3))[::9] == LARGEST).all()
+    assert (scores.thresholds(0.0)[::9] == LARGEST).all()
+    assert (scores.thresholds(0.0)[1:9] == 0).all()
+    high, _, _ = bounds("silu", np.array([LARGEST]))
+    assert np.isfinite(high[0])
+    assert high[0] >= 0.99 * LARGEST
+
+
+def test_there_must_be_samples() -> None:
+    with pytest.raises(ValueError, match="samples"):
+        score_layer(make().layer, np.zeros((0, 16), dtype=np.float32))
+
+
+# -- over the layers
+
+LAYERS = [score_layer(m.layer, m.x) for m in (make(neurons=60 + 10 * i, seed=i) for i in range(3))]
+
+
+@given(st.floats(0.02, 0.98))
+def test_the_same_density_in_each_layer(density: float) -> None:
+    for scores, tau in zip(LAYERS, spread(LAYERS, density), strict=True):
+        assert scores.density(tau) == pytest.approx(min(density, (scores.weights > 0).mean()), abs=0.01)
+
+
+@given(st.floats(0.02, 0.98), st.lists(st.floats(0.1, 10), min_size=3, max_size=3))
+def test_taus_in_proportion_to_sizes_keep_the_mean_density(density: float, sizes: list[float]) -> None:
+    taus = spread(LAYERS, density, sizes)
+    assert np.divide(taus, sizes) == pytest.approx(taus[0] / sizes[0])
+    found = np.mean([s.density(tau) for s, tau in zip(LAYERS, taus, strict=True)])
+    most = np.mean([(s.weights > 0).mean() for s in LAYERS])  # no tau keeps what adds nothing
+    assert found == pytest.approx(min(density, most), abs=0.02)
+
+
+def test_all_neurons_and_what_is_no_density() -> None:
+    assert spread(LAYERS, 1.0) == (0.0, 0.0, 0.0)
+    for density in (0.0, -1.0, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="density"):
+            spread(LAYERS, density)
+    with pytest.raises(ValueError, match="sizes"):
+        spread(LAYERS, 0.5, [1.0, 0.0, 1.0])
+
+
+def test_a_sensitive_layer_gets_a_lower_tau() -> None:
+    """With losses that are known squares, the taus are where all layers lose as much by one more neuron."""
+    factors = np.array([1.0, 4.0, 0.25])
+    taus = spread(LAYERS, 0.3)
+    squares = np.array([(s.error(tau) * s.output) ** 2 for s, tau in zip(LAYERS, taus, strict=True)])
+    sizes = np.array(sizes_of(LAYERS, taus, (factors * squares).tolist()))
+    assert sizes * np.sqrt(factors) == pytest.approx(np.full(3, sizes[0]))
+    noisy = np.array(sizes_of(LAYERS, taus, [0.1, -0.001, 0.2]))
+    assert np.isfinite(noisy).all()
+    assert (noisy > 0).all()
+
+
+# -- a budget
+
+
+@given(st.floats(1, 8), st.floats(0.01, 100), st.floats(0.001, 0.2))
+def test_power_laws_are_solved_in_a_few_evaluations(power: float, factor: float, budget: float) -> None:
+    seen: list[float] = []
+
+    def cost(knob: float) -> float:
+        seen.append(knob)
+        return float(factor * knob**power)
+
+    if cost(0.05) > budget:
+        return
+    seen.clear()
+    trials = within_budget(cost, budget, low=0.05, high=0.95, evaluations=8)
+    assert trials[0].cost <= budget
+    assert (
+        trials[0].cost >= 0.9 * budget
+        or trials[0].knob == 0.95
+        or trials[0].knob * 1.02 >= min(t.knob for t in trials if t.cost > budget)
+    )
+    assert sorted(seen) == sorted(t.knob for t in trials)
+    assert len(seen) <= 8
+
+
+@settings(max_examples=200)
+@given(st.integers(0, 10_000), st.integers(2, 9), st.floats(0.001, 0.3), st.booleans())
+def test_whatever_the_cost_does_the_chosen_one_was_measured_within_the_budget(
+    seed: int, evaluations: int, budget: float, broken: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+
+    def cost(knob: float) -> float:
+        noise = rng.normal(0, 0.02)
+        return float("nan") if broken and knob > 0.7 else float(knob**4 + noise * (knob > 0.05))
+
+    trials = within_budget(cost, budget, low=0.05, high=0.95, evaluations=evaluations)
+    assert trials[0].cost <= budget
+    assert len(trials) <= evaluations
+    beyond = [t.knob for t in trials if not t.cost <= budget]
+    assert all(t.knob <= trials[0].knob for t in trials if t.cost <= budget and all(t.knob < b for b in beyond))
+    assert all(trials[0].knob < b for b in beyond)
+
+
+def test_the_ends_of_the_knob() -> None:
+    assert len(within_budget(lambda knob: 0.001, 0.01, low=0.1, high=0.9)) == 1
+    with pytest.raises(ValueError, match="even at"):
+        within_budget(lambda knob: 1.0, 0.01, low=0.1, high=0.9)
+    with pytest.raises(ValueError, match="nothing to look for"):
+        within_budget(lambda knob: knob, 0.0, low=0.1, high=0.9)
