@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Annotated, Final, Protocol
+from typing import IO, TYPE_CHECKING, Annotated, Final
 
 import msgspec
 import numpy as np
@@ -25,6 +25,9 @@ from flashinfer import __version__
 from flashinfer.errors import RecordingError
 from flashinfer.store import Manifest
 from flashinfer.units import KIB, MIB
+
+if TYPE_CHECKING:
+    from flashinfer.model.observe import Seen
 
 Index = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -60,16 +63,9 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def header_of(manifest: Manifest, predictor: str) -> Header:
     """The header of a recording of this store, with neurons named by that predictor."""
-    f = manifest.facts
-    return Header(
-        family=f.family,
-        activation=f.activation,
-        hidden_size=f.hidden_size,
-        neurons=tuple(layer.neurons for layer in manifest.layers),
-        predictor=predictor,
-        neuron_file=manifest.neurons.xxh3,
-        generator=f"flashinfer-offload {__version__}",
-    )
+    f, neurons = manifest.facts, tuple(layer.neurons for layer in manifest.layers)
+    generator = f"flashinfer-offload {__version__}"
+    return Header(f.family, f.activation, f.hidden_size, neurons, predictor, manifest.neurons.xxh3, generator)
 
 
 def gaps_of(mask: Mask) -> bytes:
@@ -89,20 +85,6 @@ def ones_of(gaps: bytes) -> Index:
     after = np.cumsum(codes + (codes != _ESCAPE), dtype=np.int64)
     found: Index = after[codes != _ESCAPE] - 1
     return found
-
-
-class Seen(Protocol):
-    """What the recorder looks at of `model.observe.Seen`: masks `[tokens, neurons]`; `needed` is None for everyone."""
-
-    @property
-    def active(self) -> Mask:
-        """Who contributed."""
-        ...
-
-    @property
-    def needed(self) -> Mask | None:
-        """Whom the predictor named."""
-        ...
 
 
 class Recorder:

@@ -49,7 +49,7 @@ def level(predictor: str, target: float, adjust: float, layers: int, perplexity:
 
 
 def calibrate_plainly(path: Path, *, threshold: float = 0.1) -> Path:
-    """Give a store its predictors: bundled ones sketches and factors, other ones thresholds unless the model is sparse."""
+    """Give a store its predictors: sketches and factors to bundled ones, thresholds to models that are not sparse."""
     store = open_store(path)
     m, layers = store.manifest, store.manifest.facts.num_layers
     if m.layers[0].decision == "bundled":

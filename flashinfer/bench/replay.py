@@ -121,9 +121,9 @@ class Blended:
     is kept gets no slot.
     """
 
-    FAST, SLOW, WEIGHT = 3.0, 128.0, 10.0
-    """The best of what was tried, on a plateau: see `benchmarks/results/cache.md`."""
-    LONGEST = 512
+    FAST, SLOW, WEIGHT = 2.0, 64.0, 16.0
+    """Of what was tried, the one that is never worse than the runtime's policy: `benchmarks/results/cache.md`."""
+    LONGEST = 256
     """Tokens after which the sums are scaled down again, so that they stay in the range of a float64."""
 
     def __init__(self, records: int, slots: int) -> None:

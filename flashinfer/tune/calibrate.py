@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,21 +12,26 @@ import msgspec
 
 from flashinfer import __distribution__, __version__
 from flashinfer.config import Cap, RunConfig
+from flashinfer.errors import StoreError, TextError
 from flashinfer.store import Calibration, LayerStatistics, Level, Manifest, Store, StoreUpdate, open_store
 from flashinfer.text import load_tokenizer
-from flashinfer.tune.collect import collect, observing_bytes, sample_bytes
+from flashinfer.tune.collect import collect, sample_bytes
 from flashinfer.tune.job import Job, Made, Progress
-from flashinfer.tune.judged import Judge, Judged
-from flashinfer.tune.make import make_sparse, make_thresholds
+from flashinfer.tune.judged import Judge, Judged, with_recall
+from flashinfer.tune.make import check_room, make_sparse, make_thresholds
 from flashinfer.tune.options import Options
 from flashinfer.tune.perplexity import Ids, Protocol, bos_of
 from flashinfer.tune.text import TextTokens, read_tokens, split
 from flashinfer.tune.threshold import within_budget
 from flashinfer.tune.trial import Trial
-from flashinfer.tune.work import Work, check_writable
+from flashinfer.tune.work import Work, check_writable, work_bytes
 
 REFINED = 4
 """Thresholds tried between two levels to find the density that a perplexity allows."""
+LEAST_SPARSITY = 0.02
+"""What may be left out where every level costs more than is allowed."""
+LEAST_TOKENS = 80
+"""Of a text: statistics look back on 16 tokens, and a quarter of the text is held out for them."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +64,16 @@ def calibrate(
     context = min(options.context, store.manifest.facts.context_length)
     tokens, bos = _read(store, text, options, context)
     fit_ids, judge_ids = split(tokens.ids, min(options.held_out, len(tokens.ids) // 4))
-    with StoreUpdate(store, need=sample_bytes(store.manifest.facts, len(fit_ids))) as update:
+    need = sample_bytes(store.manifest.facts, len(fit_ids)) - work_bytes(store.root)
+    with StoreUpdate(store, need=max(0, need)) as update:
         work = Work(store.root, options.key(store.manifest, tokens.xxh3))
         job = Job(store, update, work, options, cap, run, device, bos, context, progress)
-        report = _calibrate(job, fit_ids, judge_ids, tokens.xxh3)
+        try:
+            report = _calibrate(job, fit_ids, judge_ids, tokens.xxh3)
+        except StoreError:
+            if work.resumed:
+                work.remove()  # it may be what was kept that is damaged: the next one begins anew
+            raise
         work.remove()
     return report
 
@@ -68,22 +81,28 @@ def calibrate(
 def _read(store: Store, text: Path, options: Options, context: int) -> tuple[TextTokens, int | None]:
     """The tokens to use, and what each window of them begins with."""
     tokenizer = load_tokenizer({name: store.path_of(entry) for name, entry in store.manifest.text.items()})
-    found = read_tokens(text, tokenizer, options.tokens + options.held_out, least=2 * context)
+    found = read_tokens(text, tokenizer, options.tokens + options.held_out)
+    least = max(min(2 * context, options.tokens + options.held_out), LEAST_TOKENS)
+    if len(found.ids) < least:
+        raise TextError(
+            f"{text} has {len(found.ids)} tokens, calibration takes {least} at least; give a longer text, or a smaller "
+            f"--context (now {context})"
+        )
     return found, bos_of(tokenizer)
 
 
 def _calibrate(job: Job, fit_ids: Ids, judge_ids: Ids, xxh3: str) -> Report:
-    facts, resumed = job.store.manifest.facts, job.work.resumed
+    check_room(job)
     collect(
         job.store, fit_ids, job.work, context=job.context, bos=job.bos, run=job.run, device=job.device,
-        cap=job.beside(observing_bytes(facts, job.run.prefill_chunk)), progress=job.telling("running the text"),
+        cap=job.cap, progress=job.telling("running the text"),
     )  # fmt: skip
-    made = make_sparse(job) if facts.sparse else make_thresholds(job)
+    made = make_sparse(job) if job.store.manifest.facts.sparse else make_thresholds(job)
     draft = Calibration(f"{__distribution__} {__version__}", xxh3, len(fit_ids), len(judge_ids), {})
     trial = Trial(job.update, made.manifest, draft)
     calibration = _judged(job, trial, made, judge_ids, draft)
     trial.commit(calibration)
-    return Report(made.manifest, calibration, resumed)
+    return Report(made.manifest, calibration, job.work.resumed)
 
 
 def _judged(job: Job, trial: Trial, made: Made, ids: Ids, draft: Calibration) -> Calibration:
@@ -91,8 +110,10 @@ def _judged(job: Job, trial: Trial, made: Made, ids: Ids, draft: Calibration) ->
     judge = _Judging(job, trial, made, ids)
     statistics = dict(judge.exact_statistics)
     levels = [judge.level(level) for level in made.levels]
-    if made.level_at is not None and job.options.density is None:
-        levels += judge.refined(levels, made)
+    if made.level_at is not None:
+        if job.options.density is None:
+            levels += judge.refined(levels, made)
+        levels = with_recall(trial.store(levels), job.work, levels, job.run.backend)
     if not levels:
         return msgspec.structs.replace(draft, statistics=statistics)
     chosen = choose(levels, job.options)
@@ -137,20 +158,23 @@ class _Judging:
     def refined(self, levels: list[Level], made: Made) -> list[Level]:
         """Levels between those two where the perplexity allowed lies, closer to it."""
         level_at, allowed = made.level_at, self._job.options.max_ppl_increase
-        found: list[Level] = []
-        cost = {1.0 - level.target: level.perplexity / self._exact - 1.0 for level in levels}
-        good = max((s for s in cost if cost[s] <= allowed), default=None)
-        bad = min((s for s in cost if cost[s] > allowed and (good is None or s > good)), default=None)
-        if level_at is None or good is None or bad is None or allowed <= 0:
+        known = {level.target: level.perplexity / self._exact - 1.0 for level in levels}
+        good = min((d for d in known if known[d] <= allowed), default=1.0)
+        bad = max((d for d in known if known[d] > allowed and d < good), default=None)
+        if level_at is None or bad is None or allowed <= 0:
             return []
+        found: list[Level] = []
 
-        def try_(sparsity: float) -> float:
-            if sparsity not in cost:
-                found.append(self.level(level_at(round(1.0 - sparsity, 3))))
-                cost[sparsity] = found[-1].perplexity / self._exact - 1.0
-            return cost[sparsity]
+        def cost(sparsity: float) -> float:
+            density = next((d for d in known if math.isclose(1.0 - d, sparsity)), round(1.0 - sparsity, 3))
+            if density not in known:
+                found.append(self.level(level_at(density)))
+                known[density] = found[-1].perplexity / self._exact - 1.0
+            return known[density]
 
-        within_budget(try_, allowed, low=good, high=bad, evaluations=2 + REFINED)
+        low = 1.0 - good if good < 1 else min(LEAST_SPARSITY, 0.5 - 0.5 * bad)
+        with contextlib.suppress(ValueError):  # even the least costs too much
+            within_budget(cost, allowed, low=low, high=1.0 - bad, evaluations=2 + REFINED)
         return found
 
     def census(self, levels: list[Level], chosen: int) -> tuple[LayerStatistics, ...]:

@@ -5,20 +5,23 @@ The text is run in parts, each kept when it is done: who is stopped goes on with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from flashinfer.config import Cap, RunConfig
 from flashinfer.engine import Model
+from flashinfer.errors import CapTooSmallError
 from flashinfer.store import Facts, Store
 from flashinfer.tune.samples import Collector, Samples, SampleWriter, sample_type
 from flashinfer.tune.work import Work
-from flashinfer.units import MIB
+from flashinfer.units import MIB, format_size
 
 Ids = npt.NDArray[np.int64]
 Progress = Callable[[int, int], None]
@@ -27,6 +30,8 @@ PART = 1024
 """Tokens of a part, at least; a part is whole windows."""
 COPIED = 256
 """Samples copied at once when parts are joined."""
+HELD_OUT = 8
+"""One sample in so many, the last ones, is not fitted to but measured with."""
 
 
 def sample_bytes(facts: Facts, tokens: int) -> int:
@@ -45,6 +50,11 @@ def sample_file(work: Work, layer: int) -> Path:
     return work.path / f"layer-{layer}.samples"
 
 
+def fit_span(count: int) -> range:
+    """Which of so many samples are fitted to."""
+    return range(count - count // HELD_OUT)
+
+
 def collect(
     store: Store,
     ids: Ids,
@@ -59,9 +69,11 @@ def collect(
 ) -> None:
     """Sample every token of the text, run in windows of `context` tokens that begin anew, under exact selection.
 
+    cap: of the whole process.
+
     Raises:
-        StoreError, DiskFullError: samples cannot be written. CapTooSmallError: the cap is below the model's floor. Else
-        what `Model` raises.
+        StoreError, DiskFullError: samples cannot be written. CapTooSmallError: the cap is below the model's floor and
+        what observing takes. Else what `Model` raises.
     """
     windows = _windows(ids, context, bos)
     parts = _parts(windows)
@@ -69,12 +81,35 @@ def collect(
     total = sum(map(len, windows))
     missing = [part for part in parts if not work.done(_name(part))]
     if missing and not work.done("samples"):
-        with Model.open(store, cap, context=context, run=run, device=device) as model:
+        with _opened(store, cap, context=context, run=run, device=device) as model:
             for part in missing:
                 _run_part(model, [windows[i] for i in part], work, part, partial(_further, progress, done, total))
                 done += sum(len(windows[i]) for i in part)
                 work.note(_name(part))
     _join(work, parts, store.manifest.facts)
+
+
+@contextmanager
+def _opened(store: Store, cap: Cap, *, context: int, run: RunConfig, device: str) -> Iterator[Model]:
+    """The model, with room left for observing it; without what was calibrated before, which may be damaged."""
+    size = observing_bytes(store.manifest.facts, run.prefill_chunk)
+    less = cap if cap.memory is None else Cap(memory=max(1, cap.memory - size))
+    bare = Store(store.root, msgspec.structs.replace(store.manifest, sections={}))
+    try:
+        model = Model.open(bare, less, context=context, run=run, device=device)
+    except CapTooSmallError as e:
+        if cap.memory is None:
+            raise
+        floor = e.floor + size
+        raise CapTooSmallError(
+            f"a memory cap of {format_size(cap.memory)} is below the floor of {format_size(floor)} ({floor} bytes) for "
+            "looking on while this model runs; raise the cap",
+            floor,
+        ) from e
+    with model:
+        yield model
+    del model
+    gc.collect()  # what is left of it would count against the next step
 
 
 def _further(progress: Progress, before: int, total: int, done: int) -> None:

@@ -37,14 +37,14 @@ class Job:
         """Progress of one thing."""
         return partial(self.progress, what)
 
-    def beside(self, size: int) -> Cap:
-        """The cap for a model that is run beside so much else."""
-        return self.cap if self.cap.memory is None else Cap(memory=max(1, self.cap.memory - size))
+    def has_room(self, size: int) -> bool:
+        """Whether the cap leaves so many bytes beside what the process has now."""
+        return self.cap.memory is None or machine.resident_bytes() + size <= self.cap.memory
 
     def check_room(self, size: int, what: str) -> None:
         """Raises CapTooSmallError where the cap does not leave `size` bytes, which `what` takes."""
-        here = machine.resident_bytes()
-        if self.cap.memory is not None and here + size > self.cap.memory:
+        if self.cap.memory is not None and not self.has_room(size):
+            here = machine.resident_bytes()
             raise CapTooSmallError(
                 f"{what} takes {format_size(size)} beside the {format_size(here)} the process has, and the cap is "
                 f"{format_size(self.cap.memory)}; raise --memory",

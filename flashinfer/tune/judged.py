@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from flashinfer.config import Cap, RunConfig
-from flashinfer.model.observe import Observer
+from flashinfer.config import BackendName, Cap, RunConfig
+from flashinfer.model.observe import Seen
 from flashinfer.store import LayerStatistics, Level, Store
-from flashinfer.tune.agreement import Counter, Together
+from flashinfer.tune.agreement import Counter, Inputs, Together
 from flashinfer.tune.census import MaskFiles, count
+from flashinfer.tune.collect import fit_span, sample_file
+from flashinfer.tune.contribution import contribution_kept
 from flashinfer.tune.greedy import Prompts
 from flashinfer.tune.judge import Progress, Setup, opened
 from flashinfer.tune.perplexity import Ids, Protocol, perplexity
+from flashinfer.tune.samples import Samples
+from flashinfer.tune.work import Work
 
+BLOCK = 128
+"""Samples taken at once."""
 ASIDE = 8 << 20
 """Memory that an observer's masks and their files take."""
 
@@ -36,6 +45,27 @@ class Judged:
         return msgspec.structs.replace(level, perplexity=self.perplexity, exact_perplexity=exact, density=self.density)
 
 
+def with_recall(store: Store, work: Work, levels: Sequence[Level], backend: BackendName) -> list[Level]:
+    """Levels of thresholds, with the share they keep of what all neurons add to the output: on samples that they were
+    not fitted to, mean over the layers.
+
+    store: with these thresholds. Raises StoreError, DiskFullError.
+    """
+    layers = range(store.manifest.facts.num_layers)
+    with ExitStack() as files:
+        samples = [files.enter_context(Samples(sample_file(work, layer))) for layer in layers]
+        held_out = range(fit_span(samples[0].count).stop, samples[0].count)
+        inputs = files.enter_context(Inputs(store, len(held_out)))
+        for layer in layers:
+            for block in samples[layer].blocks(held_out, BLOCK):
+                inputs.seen(layer, Seen(block.x, block.x, block.active, None))
+        kept = contribution_kept(store, inputs, [level.adjust for level in levels], backend)
+    return [
+        msgspec.structs.replace(level, recall=float(np.mean(shares)))
+        for level, shares in zip(levels, kept, strict=True)
+    ]
+
+
 class Judge:
     """Runs trial stores over one text under one cap."""
 
@@ -50,21 +80,18 @@ class Judge:
         Raises:
             CapTooSmallError, CapExceededError: see `judge.judge`. Else what `Model` raises.
         """
-        with opened(store, name, self._setup) as (model, chunk):
-            counter = Counter(model.facts, complete=model.choice.level is None)
-            exact = census and model.choice.level is None
-            needed, fired = (
-                MaskFiles(self._folder, kind, store, fired=kind == "fired") for kind in ("needed", "fired")
-            )
-            with needed, fired:
-                watching: list[Observer] = [counter]
-                watching += [needed] if census else []
-                watching += [fired] if exact else []
-                model.observe(Together(watching))
-                score = perplexity(model, self._ids, self._setup.protocol, chunk=chunk, progress=progress)
-                model.observe(None)
+        with opened(store, name, self._setup) as (model, chunk), ExitStack() as files:
+            exact = model.choice.level is None
+            counter = Counter(model.facts, complete=exact)
+            kinds = (["needed", "fired"] if exact else ["needed"]) if census else []
+            masks = {
+                kind: files.enter_context(MaskFiles(self._folder, kind, store, fired=kind == "fired")) for kind in kinds
+            }
+            model.observe(Together([counter, *masks.values()]))
+            score = perplexity(model, self._ids, self._setup.protocol, chunk=chunk, progress=progress)
+            model.observe(None)
+        del model
+        gc.collect()  # statistics take its place
         density = float(np.mean([named.density for named in counter.layers()]))
-        return Judged(
-            score.perplexity, density,
-            count(store, needed.paths) if census else None, count(store, fired.paths) if exact else None,
-        )  # fmt: skip
+        found = {kind: count(store, mask.paths) for kind, mask in masks.items()}
+        return Judged(score.perplexity, density, found.get("needed"), found.get("fired"))

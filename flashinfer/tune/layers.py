@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flashinfer.config import PACK_BLOCK
 from flashinfer.errors import PredictorError
-from flashinfer.store import Manifest, Store
-from flashinfer.store.files import writing
+from flashinfer.store import Facts, Manifest, Store
 from flashinfer.store.roles import ffn_role
-from flashinfer.tune.collect import sample_file
+from flashinfer.tune.collect import fit_span, sample_file
 from flashinfer.tune.fit import NUMPY, Arrays, Training, balance, train, train_bytes
 from flashinfer.tune.frontier import RECALLS, Frontier, Operation
 from flashinfer.tune.lowrank import Factors, Floats, closed_form, closed_form_bytes, stored
@@ -24,13 +22,11 @@ from flashinfer.tune.sketch import decision_blocks
 from flashinfer.tune.work import Work
 from flashinfer.units import MIB, format_size
 
-HELD_OUT = 8
-"""One sample in so many, the last ones, is not trained on but measured with."""
 MEASURED = 256
 """Samples scored at once."""
 FRONTIER = 8 * MIB
 """Counts of scores, and what makes them."""
-DECISION_BLOCKS = 4 * PACK_BLOCK
+DECISION_BLOCKS = 2 * PACK_BLOCK
 """Rows of a decision matrix on their way from the store."""
 Progress = Callable[[int, int], None]
 """Told of layers done, and layers in all."""
@@ -67,9 +63,18 @@ class Fitted:
 
 
 def fit_model(
-    store: Store, work: Work, goal: Goal, *, arrays: Arrays = NUMPY, progress: Progress = lambda done, total: None
+    store: Store,
+    work: Work,
+    goal: Goal,
+    *,
+    arrays: Arrays = NUMPY,
+    fits: Callable[[int], bool] = lambda size: True,
+    progress: Progress = lambda done, total: None,
 ) -> list[Fitted]:
     """The predictors of all layers, from the samples of `collect`. Factors are kept by the work (`load_factors`).
+
+    Args:
+        fits: whether there is memory for so many bytes; ranks that take more are not tried.
 
     Raises:
         PredictorError: not even the least predictors fit the budget. StoreError, DiskFullError: as reading the store
@@ -77,7 +82,7 @@ def fit_model(
     """
     facts = store.manifest.facts
     layers = range(facts.num_layers)
-    ranks = ladder(facts.hidden_size, facts.intermediate_size, goal.budget // facts.num_layers * 4, goal.codec)
+    ranks = _ranks(facts, work, goal, fits)
     size = {r: factor_bytes(facts.hidden_size, facts.intermediate_size, r, goal.codec) for r in ranks}
     if not ranks or size[ranks[0]] * facts.num_layers > goal.budget:
         raise PredictorError(
@@ -103,8 +108,8 @@ def fit_model(
 
 def load_factors(work: Work, fitted: Fitted) -> Factors:
     """The factors of a layer."""
-    with np.load(_file(work, fitted.layer, fitted.rank)) as data:
-        return Factors(data["a"], data["b"], data["bias"])
+    data = work.kept(_name(fitted.layer, fitted.rank))
+    return Factors(data["a"], data["b"], data["bias"])
 
 
 def fitting_bytes(hidden: int, neurons: int, rank: int, goal: Goal) -> int:
@@ -122,6 +127,16 @@ def bundled_bytes(m: Manifest, layer: int) -> int:
         t = m.tensors.get(ffn_role(layer, f"{m.facts.decision}.{part}"))
         size += 0 if t is None else t.bytes // t.shape[0]
     return size
+
+
+def _ranks(facts: Facts, work: Work, goal: Goal, fits: Callable[[int], bool]) -> tuple[int, ...]:
+    """The ranks to try, which who is resumed tries again, however much memory there is then."""
+    if (done := work.done("ranks")) is None:
+        hidden, neurons = facts.hidden_size, facts.intermediate_size
+        found = ladder(hidden, neurons, goal.budget // facts.num_layers * 4, goal.codec)
+        done = [r for r in found if r == found[0] or fits(fitting_bytes(hidden, neurons, r, goal))]
+        work.note("ranks", done)
+    return tuple(done)
 
 
 def _search(
@@ -152,12 +167,10 @@ def _fit(store: Store, work: Work, goal: Goal, layer: int, rank: int, arrays: Ar
         factors, fired = _trained(store, samples, goal, layer, rank, arrays)
         factors = stored(factors, goal.codec)
         frontier = Frontier()
-        for block in samples.blocks(range(_fit_span(samples.count).stop, samples.count), MEASURED):
+        for block in samples.blocks(range(fit_span(samples.count).stop, samples.count), MEASURED):
             frontier.add(factors.score(block.x), block.active)
     fitted = Fitted(layer, rank, fired, tuple(frontier.reaching(recall) for recall in goal.recalls))
-    path = _file(work, layer, rank)
-    with writing(path), path.open("wb") as file:
-        np.savez(file, a=factors.a, b=factors.b, bias=factors.bias)
+    work.keep(_name(layer, rank), a=factors.a, b=factors.b, bias=factors.bias)
     work.note(step, asdict(fitted))
     return fitted
 
@@ -166,7 +179,7 @@ def _trained(
     store: Store, samples: Samples, goal: Goal, layer: int, rank: int, arrays: Arrays
 ) -> tuple[Factors, float]:
     """Factors from the first samples, and the share of neurons that fire in them."""
-    span = _fit_span(samples.count)
+    span = fit_span(samples.count)
 
     def rows() -> Iterator[Floats]:
         return (block for block, _ in decision_blocks(store, layer))
@@ -177,20 +190,15 @@ def _trained(
     biases = [bias for _, bias in decision_blocks(store, layer) if bias is not None]
     bias = np.concatenate(biases) if biases else None
     begin = closed_form(rows, bias, inputs, rank, hidden=samples.hidden, seed=goal.seed)
-    fired = [float(block.active.mean()) for block in samples.blocks(span, MEASURED)]
-    density, training = float(np.mean(fired)), Training()
+    fired = sum(int(np.count_nonzero(block.active)) for block in samples.blocks(span, MEASURED))
+    density, training = fired / (len(span) * samples.neurons), Training()
     batches = samples.shuffled(span, training.batch, np.random.default_rng(goal.seed), goal.memory)
     steps = training.steps(len(span))
     return train(begin, batches, steps, weight=balance(density), training=training, arrays=arrays), density
 
 
-def _fit_span(count: int) -> range:
-    """The samples that are trained on."""
-    return range(count - count // HELD_OUT)
-
-
-def _file(work: Work, layer: int, rank: int) -> Path:
-    return work.path / f"layer-{layer}.rank-{rank}.npz"
+def _name(layer: int, rank: int) -> str:
+    return f"layer-{layer}.rank-{rank}"
 
 
 def _from_plain(done: dict[str, Any]) -> Fitted:

@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 import xxhash
 
+from flashinfer import __version__
 from flashinfer.errors import PredictorError
 from flashinfer.store import Manifest
 from flashinfer.tune.frontier import RECALLS
@@ -45,8 +46,9 @@ class Options:
     seed: int = 0
 
     def key(self, m: Manifest, text: str) -> str:
-        """Names a calibration: of these weights, by that text, with these options."""
-        said = msgspec.json.encode([m.dense.xxh3, m.neurons.xxh3, text, asdict(self)])
+        """Names a calibration: of these weights and that tokenizer, by that text, so, by this program."""
+        files = [entry.xxh3 for entry in (m.dense, m.neurons, *m.text.values())]
+        said = msgspec.json.encode([__version__, files, text, asdict(self)])
         return xxhash.xxh3_128_hexdigest(said)
 
     def suited(self, m: Manifest) -> Options:

@@ -29,9 +29,9 @@ OUTPUT_TOKENS = 512
 LARGEST = np.float32(1e30)
 """Threshold of a neuron that never contributes anything."""
 _BIN_SHIFT = 12
+"""Scores are counted by the upper bits of their float32, which are in order: bins 0.05 % wide."""
 _BINS = 1 << (31 - _BIN_SHIFT)
 _INFINITY = 0x7F800000 >> _BIN_SHIFT
-"""Scores are counted by the upper bits of their float32, which are in order: bins 0.05 % wide."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -14,13 +14,12 @@ from flashinfer.backend import Backend, open_backend
 from flashinfer.model.weights import decode_tiles
 from flashinfer.quant import codec_named
 from flashinfer.store import Activation, Store
-from flashinfer.store.files import writing
 from flashinfer.store.roles import ffn_role, threshold_role
-from flashinfer.tune.collect import sample_file
+from flashinfer.tune.collect import fit_span, sample_file
 from flashinfer.tune.gather import Source
 from flashinfer.tune.samples import Samples
 from flashinfer.tune.sketch import PredictorTensor
-from flashinfer.tune.threshold import BLOCK, Floats, GluLayer, Scores, score_layer, spread
+from flashinfer.tune.threshold import BLOCK, Floats, GluLayer, Scores, score_layer
 from flashinfer.tune.work import Work
 
 LOOKED_AT = 1024
@@ -31,23 +30,25 @@ BASE = 0.5
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Scores of all layers: thresholds for any mean density follow from them."""
+    """Scores of all layers: thresholds for any density, the same in each layer, follow from them. They take 8 MiB a
+    layer and stay on disk; one layer's are in memory at a time."""
 
-    scores: tuple[Scores, ...]
+    work: Work
+    layers: int
 
     def tensors(self) -> list[PredictorTensor]:
         """The thresholds at the density BASE, as the store keeps them."""
-        taus = spread(self.scores, BASE)
-        pairs = enumerate(zip(self.scores, taus, strict=True))
-        return [PredictorTensor.of(threshold_role(i), s.thresholds(tau)) for i, (s, tau) in pairs]
+        return [PredictorTensor.of(threshold_role(i), s.thresholds(s.tau(BASE))) for i, s in enumerate(self._scores())]
 
     def factors(self, density: float) -> tuple[float, ...]:
-        """By layer, the factor on these thresholds that gives that mean density."""
-        return tuple(a / b for a, b in zip(spread(self.scores, density), spread(self.scores, BASE), strict=True))
+        """By layer, the factor on these thresholds that gives that density; 1 where they are 0."""
+        taus = [(s.tau(density), s.tau(BASE)) for s in self._scores()]
+        return tuple(tau / base if base > 0 else 1.0 for tau, base in taus)
 
-    def densities(self, density: float) -> tuple[float, ...]:
-        """By layer, the density at that mean density."""
-        return tuple(s.density(tau) for s, tau in zip(self.scores, spread(self.scores, density), strict=True))
+    def _scores(self) -> Iterator[Scores]:
+        for i in range(self.layers):
+            data = self.work.kept(_name(i))
+            yield Scores(data["weights"], data["counts"], data["lost"], float(data["output"]))
 
 
 def fit_thresholds(
@@ -58,12 +59,12 @@ def fit_thresholds(
     Raises:
         StoreError, DiskFullError: as reading the store and keeping results do.
     """
-    layers, found = store.manifest.facts.num_layers, []
+    layers = store.manifest.facts.num_layers
     with closing(open_backend("cpu", max(1, threads))) as backend:
         for i in range(layers):
-            found.append(_fit(store, work, i, backend))
+            _fit(store, work, i, backend)
             progress(i + 1, layers)
-    return Thresholds(tuple(found))
+    return Thresholds(work, layers)
 
 
 def thresholding_bytes(hidden: int, samples: int) -> int:
@@ -72,22 +73,24 @@ def thresholding_bytes(hidden: int, samples: int) -> int:
     return 4 * tokens * (3 * hidden + 12 * BLOCK) + 16 * (1 << 19) * 3 + (16 << 20)
 
 
-def _fit(store: Store, work: Work, layer: int, backend: Backend) -> Scores:
-    step, path = f"thresholds of layer {layer}", work.path / f"layer-{layer}.thresholds.npz"
+def _fit(store: Store, work: Work, layer: int, backend: Backend) -> None:
+    step = f"thresholds of layer {layer}"
     if work.done(step) is None:
         with Source(store) as source:
-            scores = score_layer(_weights(store, source, layer, backend), _inputs(work, layer))
-        with writing(path), path.open("wb") as file:
-            np.savez(file, weights=scores.weights, counts=scores.counts, lost=scores.lost, output=scores.output)
+            s = score_layer(_weights(store, source, layer, backend), _inputs(work, layer))
+        work.keep(_name(layer), weights=s.weights, counts=s.counts, lost=s.lost, output=s.output)
         work.note(step)
-    with np.load(path) as data:
-        return Scores(data["weights"], data["counts"], data["lost"], float(data["output"]))
+
+
+def _name(layer: int) -> str:
+    return f"layer-{layer}.thresholds"
 
 
 def _inputs(work: Work, layer: int) -> Floats:
-    """Some of the layer's samples, evenly spread: `[samples, hidden]`."""
+    """Some of the samples that are fitted to, evenly spread: `[samples, hidden]`."""
     with Samples(sample_file(work, layer)) as samples:
-        wanted = np.unique(np.linspace(0, samples.count - 1, min(samples.count, LOOKED_AT)).astype(np.int64))
+        span = fit_span(samples.count)
+        wanted = np.unique(np.linspace(0, span.stop - 1, min(span.stop, LOOKED_AT)).astype(np.int64))
         return np.concatenate([samples.read(int(i), int(i) + 1).x for i in wanted])
 
 

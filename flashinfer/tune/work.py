@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from flashinfer.errors import StoreError
 from flashinfer.store.files import writing
@@ -44,9 +48,29 @@ class Work:
         self._state["done"][step] = result
         self._save()
 
+    def keep(self, name: str, **arrays: Any) -> None:
+        """Write arrays under a name; they are on the disk when it returns. Raises StoreError, DiskFullError."""
+        path = self._arrays(name)
+        with writing(path), path.open("wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def kept(self, name: str) -> dict[str, npt.NDArray[Any]]:
+        """What was kept under a name. Raises StoreError: it is gone, or damaged."""
+        path = self._arrays(name)
+        try:
+            with np.load(path) as data:
+                return dict(data)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
+            raise StoreError(f"{path}, kept for later by a calibration, cannot be read ({e}); calibrate again") from e
+
     def remove(self) -> None:
         """Throw everything away."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+    def _arrays(self, name: str) -> Path:
+        return self.path / f"{name}.npz"
 
     def _load(self) -> dict[str, Any]:
         try:
@@ -63,6 +87,14 @@ class Work:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
+
+
+def work_bytes(store: Path) -> int:
+    """Bytes that an interrupted calibration left there: the next one has them, or throws them away."""
+    path = store / NAME
+    with contextlib.suppress(OSError):
+        return sum(file.stat().st_size for file in path.iterdir())
+    return 0
 
 
 def check_writable(store: Path) -> None:

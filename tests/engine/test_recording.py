@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,11 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashinfer import recording
+from flashinfer import pack, recording
 from flashinfer.engine import Model
 from flashinfer.errors import RecordingError
 from flashinfer.recording import Header, Mask, Recorder, gaps_of, header_of, ones_of, open_recording
-from tests.e2e.program import names_in
+from tests.e2e.program import DEMO, PROMPT, assert_failed, assert_interrupted, ended, flashinfer_with, names_in, started
 
 HEADER = Header("llama", "relu", 8, (300, 40), "exact", "0" * 32, "a test")
 Steps = list[list[Mask]]
@@ -348,3 +349,48 @@ def test_a_models_run_is_recorded_and_not_disturbed(packed, tmp_path: Path) -> N
     assert len(seen) == 5 * layers
     assert same(read(tmp_path / "r"), [[mask for _, mask in seen[i : i + layers]] for i in range(0, len(seen), layers)])
     assert any(mask.any() for _, mask in seen)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("demo") / "demo.flash"
+    pack(DEMO, store)
+    return store
+
+
+OPTIONS = ("-p", PROMPT, "--temperature", "0", "--weight-memory", "7MiB")
+
+
+def test_generate_records_and_says_the_same(demo: Path, tmp_path: Path) -> None:
+    plain = flashinfer_with("generate", demo, *OPTIONS, "-n", "12")
+    done = flashinfer_with("generate", demo, *OPTIONS, "-n", "12", "--record-activations", tmp_path / "r.act")
+    assert (done.returncode, done.stdout) == (0, plain.stdout)
+    found = open_recording(tmp_path / "r.act")
+    assert (found.header.predictor, found.header.neurons) == ("exact", (1536,) * 5)
+    for layer in range(5):
+        first, *rest = found.layer(layer)
+        assert len(first) > 2
+        assert [len(step) for step in rest] == [1] * 11
+        assert 20 < np.mean([len(token) for step in rest for token in step]) < 400
+    assert names_in(tmp_path) == ["r.act"]
+
+
+def test_ctrl_c_leaves_a_whole_recording(demo: Path, tmp_path: Path) -> None:
+    process = started("generate", demo, *OPTIONS, "-n", "400", "--record-activations", tmp_path / "r.act")
+    assert process.stdout is not None
+    text = process.stdout.read(1)
+    while len(text) < 40:
+        text += process.stdout.read(40)
+    process.send_signal(signal.SIGINT)
+    assert_interrupted(ended(process))
+    assert len(list(open_recording(tmp_path / "r.act").layer(4))) > 3
+    assert names_in(tmp_path) == ["r.act"]
+
+
+def test_a_place_that_cannot_be_recorded_to(demo: Path, tmp_path: Path) -> None:
+    for place, part in ((tmp_path, "is not a file"), (tmp_path / "no" / "r", "No such")):
+        failed = flashinfer_with("generate", demo, *OPTIONS, "-n", "2", "--record-activations", place)
+        assert_failed(failed, "recording", part, "another name")
+    same_file = ("--record-activations", tmp_path / "t", "--trace", tmp_path / "t")
+    assert_failed(flashinfer_with("generate", demo, *OPTIONS, *same_file), "a file of their own", status=2)
+    assert names_in(tmp_path) == []
