@@ -1,10 +1,9 @@
-"""Predictors against exact selection on the store as it was packed, interleaved, each run in a memory cgroup of the cap.
+"""Predictors against exact selection on the store as it was packed, interleaved, each run in a cgroup of the cap.
 
-    python benchmarks/predictors.py PACKED CALIBRATED --memory 3.4GB [-n 12] [--rounds 3] [--predictor NAME ...] [--json]
+    python benchmarks/predictors.py PACKED CALIBRATED --memory 3.4GB [-n 12] [--rounds 3] [--predictor NAME ...]
 
-PACKED is a store as `pack` wrote it, CALIBRATED the same model after `calibrate`; every run replays the same tokens, the
-page cache dropped before. `read` is the time a token waits for the disk, `disk` the bytes over what the kernel counted.
-Needs a memory cgroup that can be made (root). Results: `README.md` beside this file and `docs/sparsity.md`.
+PACKED is a store as `pack` wrote it, CALIBRATED the same model after `calibrate`; every run replays the same tokens,
+the page cache dropped before. Needs a memory cgroup that can be made (root). Results: `docs/sparsity.md`.
 """
 
 from __future__ import annotations
@@ -108,8 +107,8 @@ def main() -> int:
         }
         seconds = sorted(1.0 / s["tokens_per_second"] for s in some)
         print(
-            f"| {name} | {m['bytes_read'] / 1e6:.0f} | {m['reads']:.0f} | {m['hit_rate']:.0%} | {m['io_wait_ms']:.0f} | "
-            f"{m['compute_ms']:.0f} | {median(seconds):.3f} ({seconds[0]:.3f}-{seconds[-1]:.3f}) | "
+            f"| {name} | {m['bytes_read'] / 1e6:.0f} | {m['reads']:.0f} | {m['hit_rate']:.0%} | "
+            f"{m['io_wait_ms']:.0f} | {m['compute_ms']:.0f} | {median(seconds):.3f} ({seconds[0]:.3f}-{seconds[-1]:.3f}) | "
             f"{base / max(1e-9, m['io_wait_ms']):.2f}x less |"
         )
     return 0

@@ -64,7 +64,8 @@ def calibrate(
     context = min(options.context, store.manifest.facts.context_length)
     tokens, bos = _read(store, text, options, context)
     fit_ids, judge_ids = split(tokens.ids, min(options.held_out, len(tokens.ids) // 4))
-    need = sample_bytes(store.manifest.facts, len(fit_ids)) - work_bytes(store.root)
+    windows = -(-len(fit_ids) // (context - 1))  # each may begin with BOS
+    need = sample_bytes(store.manifest.facts, len(fit_ids) + windows) - work_bytes(store.root)
     with StoreUpdate(store, need=max(0, need)) as update:
         work = Work(store.root, options.key(store.manifest, tokens.xxh3))
         job = Job(store, update, work, options, cap, run, device, bos, context, progress)

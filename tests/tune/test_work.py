@@ -30,7 +30,7 @@ def test_steps_are_remembered(tmp_path: Path) -> None:
 
 
 def test_a_number_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    values = np.random.default_rng(0).standard_normal(100).tolist() + [1e-310, 1e300, 0.1 + 0.2]
+    values = [*np.random.default_rng(0).standard_normal(100).tolist(), 1e-310, 1e300, 0.1 + 0.2]
     Work(tmp_path, "key").note("numbers", values)
     assert Work(tmp_path, "key").done("numbers") == values
 
