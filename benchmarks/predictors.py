@@ -108,7 +108,8 @@ def main() -> int:
         seconds = sorted(1.0 / s["tokens_per_second"] for s in some)
         print(
             f"| {name} | {m['bytes_read'] / 1e6:.0f} | {m['reads']:.0f} | {m['hit_rate']:.0%} | "
-            f"{m['io_wait_ms']:.0f} | {m['compute_ms']:.0f} | {median(seconds):.3f} ({seconds[0]:.3f}-{seconds[-1]:.3f}) | "
+            f"{m['io_wait_ms']:.0f} | {m['compute_ms']:.0f} | "
+            f"{median(seconds):.3f} ({seconds[0]:.3f}-{seconds[-1]:.3f}) | "
             f"{base / max(1e-9, m['io_wait_ms']):.2f}x less |"
         )
     return 0

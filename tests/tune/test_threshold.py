@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from flashinfer.predict.criterion import bounds
 from flashinfer.store import Activation
 from flashinfer.tune import threshold as module
-from flashinfer.tune.threshold import LARGEST, GluLayer, Weighting, score_layer, sizes_of, spread, within_budget
+from flashinfer.tune.threshold import LARGEST, GluLayer, Weighting, score_layer, spread, within_budget
 
 Floats = npt.NDArray[np.float32]
 
@@ -134,34 +134,11 @@ def test_the_same_density_in_each_layer(density: float) -> None:
         assert scores.density(tau) == pytest.approx(min(density, (scores.weights > 0).mean()), abs=0.01)
 
 
-@given(st.floats(0.02, 0.98), st.lists(st.floats(0.1, 10), min_size=3, max_size=3))
-def test_taus_in_proportion_to_sizes_keep_the_mean_density(density: float, sizes: list[float]) -> None:
-    taus = spread(LAYERS, density, sizes)
-    assert np.divide(taus, sizes) == pytest.approx(taus[0] / sizes[0])
-    found = np.mean([s.density(tau) for s, tau in zip(LAYERS, taus, strict=True)])
-    most = np.mean([(s.weights > 0).mean() for s in LAYERS])  # no tau keeps what adds nothing
-    assert found == pytest.approx(min(density, most), abs=0.02)
-
-
 def test_all_neurons_and_what_is_no_density() -> None:
     assert spread(LAYERS, 1.0) == (0.0, 0.0, 0.0)
     for density in (0.0, -1.0, 1.1, float("nan")):
         with pytest.raises(ValueError, match="density"):
             spread(LAYERS, density)
-    with pytest.raises(ValueError, match="sizes"):
-        spread(LAYERS, 0.5, [1.0, 0.0, 1.0])
-
-
-def test_a_sensitive_layer_gets_a_lower_tau() -> None:
-    """With losses that are known squares, the taus are where all layers lose as much by one more neuron."""
-    factors = np.array([1.0, 4.0, 0.25])
-    taus = spread(LAYERS, 0.3)
-    squares = np.array([(s.error(tau) * s.output) ** 2 for s, tau in zip(LAYERS, taus, strict=True)])
-    sizes = np.array(sizes_of(LAYERS, taus, (factors * squares).tolist()))
-    assert sizes * np.sqrt(factors) == pytest.approx(np.full(3, sizes[0]))
-    noisy = np.array(sizes_of(LAYERS, taus, [0.1, -0.001, 0.2]))
-    assert np.isfinite(noisy).all()
-    assert (noisy > 0).all()
 
 
 # -- a budget
@@ -181,7 +158,7 @@ def test_power_laws_are_solved_in_a_few_evaluations(power: float, factor: float,
     trials = within_budget(cost, budget, low=0.05, high=0.95, evaluations=8)
     assert trials[0].cost <= budget
     assert (
-        trials[0].cost >= 0.9 * budget
+        trials[0].cost >= 0.85 * budget
         or trials[0].knob == 0.95
         or trials[0].knob * 1.02 >= min(t.knob for t in trials if t.cost > budget)
     )
