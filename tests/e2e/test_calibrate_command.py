@@ -223,7 +223,7 @@ class TestKilled:
         process.send_signal(how)
         return ended(process)
 
-    @pytest.mark.parametrize("step", ["windows 0 to 5", "order of layer 0", "judging exact"])
+    @pytest.mark.parametrize("step", ["windows 0 to 5", "judging exact"])
     def test_it_goes_on(
         self, packed: Path, calibrated: tuple[Path, Any], text: Path, step: str, tmp_path: Path
     ) -> None:

@@ -353,9 +353,10 @@ class TestOptions:
         options = replace(QUICK, make=("low-rank",)).suited(open_store(packed["relu"]).manifest)
         assert options.make == ("certified", "low-rank")
 
-    def test_a_bundled_gated_model(self, text: Path, tmp_path: Path) -> None:
-        """Thresholds are tested on all decision products: the matrix must be apart."""
-        path = make_store(tmp_path, "silu", decision="bundled")
+    def test_a_bundled_gated_model(self, made: dict[str, Made], text: Path, tmp_path: Path) -> None:
+        """Thresholds are tested on all decision products: the matrix must be apart, whatever the records are."""
+        records = made["silu"].store.manifest.layers[0].bundles_per_record
+        path = make_store(tmp_path, "silu", decision="bundled", bundles_per_record=records)
         before = logits(path)
         calibrated(path, text)
         assert all(n.decision == "separate" for n in open_store(path).manifest.layers)

@@ -188,7 +188,6 @@ def test_another_calibration_begins_anew(packed: dict[str, Path], text: Path, ch
     ("kind", "title", "pattern", "damage"),
     [
         ("relu", "low-rank predictors", "*.samples", "gone"),
-        ("relu", "low-rank predictors", "*.samples", "cut"),
         ("relu", "neuron order", "*.rank-*.npz", "cut"),
         ("relu", "writing predictors", "*.order.npz", "gone"),
         ("silu", "writing predictors", "*.thresholds.npz", "cut"),

@@ -22,8 +22,8 @@ from flashinfer.tune.work import Work
 from tests.checkpoints import make_llama, make_opt
 from tests.tune.fitting import inputs_of, products, write_samples
 
-COUNT = 400
-HIDDEN, NEURONS, LAYERS = 128, 200, 3
+COUNT, FITTED = 320, 280
+HIDDEN, NEURONS, LAYERS = 128, 160, 2
 GOAL = Goal(over=1.05, recalls=(0.8, 0.95), memory=1 << 20)
 """So few are allowed in vain that higher ranks are worth a try."""
 
@@ -72,14 +72,14 @@ def test_what_they_do_by_brute_force(made: Made) -> None:
         assert np.array_equal(again.b, factors.b)
         x = inputs_of(f.layer, COUNT, HIDDEN)
         fired = products(made.checkpoint, f.layer, x, "gate") > 0
-        assert f.fired == pytest.approx(fired[:350].mean())
+        assert f.fired == pytest.approx(fired[:FITTED].mean())
         for recall in GOAL.recalls:
             o = f.at(GOAL, recall)
-            named = x[350:] @ factors.a.T @ factors.b.T + factors.bias > -o.shift
+            named = x[FITTED:] @ factors.a.T @ factors.b.T + factors.bias > -o.shift
             assert o.recall >= recall
-            assert (named & fired[350:]).sum() / fired[350:].sum() == pytest.approx(o.recall, abs=2e-3)
+            assert (named & fired[FITTED:]).sum() / fired[FITTED:].sum() == pytest.approx(o.recall, abs=2e-3)
             assert named.mean() == pytest.approx(o.density, abs=2e-3)
-            assert named.sum() / fired[350:].sum() == pytest.approx(o.over, abs=5e-3)
+            assert named.sum() / fired[FITTED:].sum() == pytest.approx(o.over, abs=5e-3)
             assert o.over < 1 / fired.mean()  # naming everyone would be easier
 
 
@@ -95,7 +95,7 @@ def test_what_is_kept_is_found_again(made: Made, monkeypatch: pytest.MonkeyPatch
     for f, before in zip(other, factors, strict=True):
         after = load_factors(again, f)
         assert all(np.array_equal(getattr(after, n), getattr(before, n)) for n in ("a", "b", "bias"))
-    assert told == [(1, LAYERS), (2, LAYERS), (3, LAYERS)]
+    assert told == [(1, LAYERS), (2, LAYERS)]
 
 
 def test_the_same_samples_give_the_same_factors(made: Made, checkpoint: Path, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_the_same_samples_give_the_same_factors(made: Made, checkpoint: Path, tm
         assert all(np.array_equal(getattr(a, n), getattr(b, n)) for n in ("a", "b", "bias"))
 
 
-@pytest.mark.parametrize("spare", [0, 1, 2, 3])
+@pytest.mark.parametrize("spare", [0, 1, 2])
 def test_the_budget_is_kept_and_used(made: Made, spare: int) -> None:
     """Room for the least ranks, and for one step up in so many layers."""
     step = size(64) - size(32)
@@ -123,7 +123,7 @@ def test_an_easy_goal_takes_the_least_rank(made: Made) -> None:
 
 
 def test_too_small_a_budget(made: Made) -> None:
-    with pytest.raises(PredictorError, match=r"predictors of 3 layers do not fit .*; raise --budget"):
+    with pytest.raises(PredictorError, match=r"predictors of 2 layers do not fit .*; raise --budget"):
         fit_model(made.store, made.work, replace(GOAL, budget=LAYERS * size(32) - 1))
 
 
@@ -158,18 +158,18 @@ def test_a_bundle_with_its_decision_row(tmp_path: Path) -> None:
 
 def test_memory_is_less_than_was_said_and_not_much(tmp_path: Path) -> None:
     checkpoint = make_llama(
-        tmp_path / "checkpoint", hidden_size=512, intermediate_size=1024, num_hidden_layers=1, dtype="float16"
+        tmp_path / "checkpoint", hidden_size=384, intermediate_size=768, num_hidden_layers=1, dtype="float16"
     )
     pack(checkpoint, tmp_path / "store")
     store, work = open_store(tmp_path / "store"), Work(tmp_path, "key")
-    write_samples(store, checkpoint, work, 300)
-    goal = replace(GOAL, memory=400 * sample_type(512, 1024).itemsize)
+    write_samples(store, checkpoint, work, 200)
+    goal = replace(GOAL, memory=328 * sample_type(384, 768).itemsize)
     peaks = []
-    for rank in (64, 32, 256):  # the first one for what is imported meanwhile
+    for rank in (32, 192):
         tracemalloc.start()
         module._fit(store, work, goal, 0, rank, NUMPY)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        said = fitting_bytes(512, 1024, rank, goal)
+        said = fitting_bytes(384, 768, rank, goal)
         assert peaks[-1] < said < 2.5 * peaks[-1] + module.DECISION_BLOCKS
-    assert peaks[2] > 1.2 * peaks[1]
+    assert peaks[1] > 1.1 * peaks[0]

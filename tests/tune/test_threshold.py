@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from flashinfer.predict.criterion import bounds
 from flashinfer.store import Activation
 from flashinfer.tune import threshold as module
-from flashinfer.tune.threshold import LARGEST, GluLayer, Weighting, score_layer, spread, within_budget
+from flashinfer.tune.threshold import LARGEST, GluLayer, Weighting, score_layer, within_budget
 
 Floats = npt.NDArray[np.float32]
 
@@ -123,22 +123,14 @@ def test_there_must_be_samples() -> None:
         score_layer(make().layer, np.zeros((0, 16), dtype=np.float32))
 
 
-# -- over the layers
-
-LAYERS = [score_layer(m.layer, m.x) for m in (make(neurons=60 + 10 * i, seed=i) for i in range(3))]
-
-
-@given(st.floats(0.02, 0.98))
-def test_the_same_density_in_each_layer(density: float) -> None:
-    for scores, tau in zip(LAYERS, spread(LAYERS, density), strict=True):
-        assert scores.density(tau) == pytest.approx(min(density, (scores.weights > 0).mean()), abs=0.01)
-
-
-def test_all_neurons_and_what_is_no_density() -> None:
-    assert spread(LAYERS, 1.0) == (0.0, 0.0, 0.0)
-    for density in (0.0, -1.0, 1.1, float("nan")):
-        with pytest.raises(ValueError, match="density"):
-            spread(LAYERS, density)
+@given(st.floats(0.02, 0.98), st.integers(0, 5))
+def test_a_tau_keeps_the_share_asked_for(density: float, seed: int) -> None:
+    made = make(seed=seed)
+    scores = score_layer(made.layer, made.x)
+    most = float((scores.weights > 0).mean())  # no tau keeps what adds nothing
+    assert scores.density(scores.tau(density)) == pytest.approx(min(density, most), abs=0.01)
+    assert scores.tau(1.0) == 0
+    assert scores.density(0.0) == pytest.approx(most, abs=0.01)
 
 
 # -- a budget
