@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from flashinfer import pack
+from flashinfer.backend import has_native
 from flashinfer.config import Cap, RunConfig
-from flashinfer.store import open_store
+from flashinfer.engine import Model
+from flashinfer.store import Store, open_store
 from flashinfer.text import load_tokenizer
 from flashinfer.tune.calibrate import Report, calibrate
 from flashinfer.tune.options import Options
@@ -29,6 +32,10 @@ QUICK = Options(
 )
 """Quicker: one level."""
 SIZE: dict[str, Any] = {"hidden_size": 64, "vocab_size": 340, "num_hidden_layers": 2, "max_position_embeddings": 64}
+
+PROMPT = [int(t) for t in np.random.default_rng(5).integers(3, 300, 21)]
+DECODED = [int(t) for t in np.random.default_rng(6).integers(3, 300, 6)]
+Floats = npt.NDArray[np.float32]
 
 
 def words(count: int, seed: int = 0) -> str:
@@ -77,3 +84,19 @@ def token_ids(store: Path, text: Path) -> list[int]:
     manifest = open_store(store).manifest
     tokenizer = load_tokenizer({name: store / entry.name for name, entry in manifest.text.items()})
     return list(tokenizer.encode(text.read_text(), add_bos=False))
+
+
+def logits(store: Path | Store, predictor: str = "exact") -> list[Floats]:
+    """Of a prompt and of some tokens after it."""
+    with Model.open(store, context=64, run=RunConfig(predictor=predictor)) as model:
+        session = model.session()
+        return [model.logits(session, PROMPT), *(model.step(session, [t]) for t in DECODED)]
+
+
+def assert_same(found: list[Floats], expected: list[Floats]) -> None:
+    """Bit for bit on the native backend; torch sums tile by tile, and tiles of a larger set hold other neurons."""
+    for a, b in zip(found, expected, strict=True):
+        if has_native():
+            assert np.array_equal(a, b)
+        else:
+            np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4)

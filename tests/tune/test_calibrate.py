@@ -5,9 +5,8 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -15,29 +14,33 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from flashinfer.backend import has_native
 from flashinfer.cli import main
 from flashinfer.config import RunConfig
 from flashinfer.engine import Model
-from flashinfer.errors import PredictorError, StoreBusyError, StoreError, TextError
+from flashinfer.errors import StoreError
 from flashinfer.model.observe import Seen
-from flashinfer.store import Level, Store, StoreUpdate, open_store, verify
-from flashinfer.tune.calibrate import LEAST_TOKENS, REFINED, Report, _Judging, choose
-from flashinfer.tune.options import Options
+from flashinfer.store import Store, StoreUpdate, open_store, verify
+from flashinfer.tune.calibrate import Report
 from flashinfer.tune.perplexity import Protocol, perplexity
 from flashinfer.tune.statistics import LayerCounter, hottest
-from flashinfer.tune.trial import untried
 from flashinfer.tune.work import NAME
-from tests.checkpoints import make_llama, make_opt
-from tests.tune.calibrating import CONTEXT, OPTIONS, QUICK, calibrated, contents, copy_of, make_store, token_ids, words
+from tests.tune.calibrating import (
+    CONTEXT,
+    OPTIONS,
+    assert_same,
+    calibrated,
+    contents,
+    copy_of,
+    logits,
+    make_store,
+    token_ids,
+    words,
+)
 from tests.tune.test_statistics import naive_new, naive_union
 
 SPARSE = ["relu", "opt"]
 KINDS = [*SPARSE, "silu"]
 BOS = {"relu": 1, "opt": 2, "silu": 1}
-PROMPT = [int(t) for t in np.random.default_rng(5).integers(3, 300, 21)]
-DECODED = [int(t) for t in np.random.default_rng(6).integers(3, 300, 6)]
-Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
 
@@ -90,22 +93,6 @@ def made(packed: dict[str, Path], text: Path, tmp_path_factory: pytest.TempPathF
         report = calibrated(path, text, OPTIONS)
         out[kind] = Made(packed[kind], open_store(path), report, text, BOS[kind])
     return out
-
-
-def logits(store: Path | Store, predictor: str = "exact") -> list[Floats]:
-    """Of a prompt and of some tokens after it."""
-    with Model.open(store, context=64, run=RunConfig(predictor=predictor)) as model:
-        session = model.session()
-        return [model.logits(session, PROMPT), *(model.step(session, [t]) for t in DECODED)]
-
-
-def assert_same(found: list[Floats], expected: list[Floats]) -> None:
-    """Bit for bit on the native backend; torch sums tile by tile, and tiles of a larger set hold other neurons."""
-    for a, b in zip(found, expected, strict=True):
-        if has_native():
-            assert np.array_equal(a, b)
-        else:
-            np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4)
 
 
 class TestTheStore:
@@ -322,188 +309,3 @@ class TestAgain:
         calibrated(path, made["relu"].text)
         assert verify(open_store(path)) == []
         assert_same(logits(path), logits(made["relu"].packed))
-
-
-class TestOptions:
-    def test_no_order(self, packed: dict[str, Path], made: dict[str, Made], text: Path, tmp_path: Path) -> None:
-        path = copy_of(packed["relu"], tmp_path / "store")
-        calibrated(path, text, replace(QUICK, order=False))
-        assert all((n.decision, n.permutation) == ("bundled", None) for n in open_store(path).manifest.layers)
-        assert_same(logits(path), logits(packed["relu"]))
-        moved = copy_of(made["relu"].store.root, tmp_path / "moved")
-        before = open_store(moved)
-        calibrated(moved, text, replace(QUICK, order=False))
-        for layer, n in enumerate(before.manifest.layers):
-            now = open_store(moved)
-            assert now.manifest.layers[layer].permutation == n.permutation
-            if n.permutation is not None:
-                assert np.array_equal(now.read_tensor(n.permutation), before.read_tensor(n.permutation))
-
-    def test_certified_alone(self, packed: dict[str, Path], text: Path, tmp_path: Path) -> None:
-        path = copy_of(packed["opt"], tmp_path / "store")
-        report = calibrated(path, text, replace(QUICK, make=("certified",)))
-        assert (report.calibration.levels, report.calibration.chosen) == ((), {})
-        assert [*report.calibration.statistics] == ["exact", "certified"]
-        assert not any(".lowrank." in role for role in open_store(path).manifest.tensors)
-        assert_same(logits(path, "certified"), logits(packed["opt"]))
-        with pytest.raises(PredictorError, match="no low-rank predictor"):
-            Model.open(path, run=RunConfig(predictor="low-rank"))
-
-    def test_low_rank_brings_certified(self, packed: dict[str, Path]) -> None:
-        options = replace(QUICK, make=("low-rank",)).suited(open_store(packed["relu"]).manifest)
-        assert options.make == ("certified", "low-rank")
-
-    def test_a_bundled_gated_model(self, made: dict[str, Made], text: Path, tmp_path: Path) -> None:
-        """Thresholds are tested on all decision products: the matrix must be apart, whatever the records are."""
-        records = made["silu"].store.manifest.layers[0].bundles_per_record
-        path = make_store(tmp_path, "silu", decision="bundled", bundles_per_record=records)
-        before = logits(path)
-        calibrated(path, text)
-        assert all(n.decision == "separate" for n in open_store(path).manifest.layers)
-        assert_same(logits(path), before)
-        assert all(np.isfinite(x).all() for x in logits(path, "threshold"))
-
-    def test_records_of_the_density(self, text: Path, tmp_path: Path) -> None:
-        """Where other record sizes suit what thresholds leave, the weights are written anew."""
-        path = make_store(tmp_path, "silu", bundles_per_record=64)
-        before = logits(path)
-        calibrated(path, text)
-        assert all(n.bundles_per_record < 64 for n in open_store(path).manifest.layers)
-        assert_same(logits(path), before)
-
-    @pytest.mark.parametrize(
-        ("kind", "asked", "parts"),
-        [
-            ("relu", "threshold", ("a threshold predictor", "relu", "gated", "possible: certified, low-rank")),
-            ("opt", "threshold", ("a threshold predictor", "relu", "plain", "possible: certified, low-rank")),
-            ("silu", "low-rank", ("a low-rank predictor", "silu", "gated", "possible: threshold")),
-            ("silu", "certified", ("a certified predictor", "silu", "gated", "possible: threshold")),
-        ],
-    )
-    def test_what_does_not_suit(self, packed: dict[str, Path], text: Path, kind: str, asked: Any, parts) -> None:
-        before = contents(packed[kind])
-        with pytest.raises(PredictorError) as caught:
-            calibrated(packed[kind], text, replace(QUICK, make=(asked,)))
-        assert all(part in str(caught.value) for part in parts)
-        assert contents(packed[kind]) == before
-
-    @pytest.mark.parametrize("asked", [(), ("threshold",)])
-    def test_a_model_that_needs_everyone(self, asked: Any, tmp_path: Path) -> None:
-        from flashinfer import pack
-
-        pack(make_opt(tmp_path / "checkpoint", activation_function="gelu"), tmp_path / "store")
-        with pytest.raises(PredictorError, match="gelu in a plain feed-forward layer") as caught:
-            Options(make=asked).suited(open_store(tmp_path / "store").manifest)
-        assert ("nothing to calibrate" in str(caught.value)) == (not asked)
-
-    def test_factors_that_do_not_fit(self, packed: dict[str, Path], text: Path, tmp_path: Path) -> None:
-        path = copy_of(packed["relu"], tmp_path / "store")
-        before = contents(path)
-        with pytest.raises(PredictorError, match=r"do not fit .*raise --budget"):
-            calibrated(path, text, replace(QUICK, share=0.001))
-        assert contents(path) == before
-
-
-class TestRefused:
-    def test_a_text_of_less_than_two_windows(self, packed: dict[str, Path], tmp_path: Path) -> None:
-        path = tmp_path / "short.txt"
-        path.write_text(words(12))
-        with pytest.raises(TextError, match=r"short\.txt has \d+ tokens, calibration takes 80"):
-            calibrated(packed["relu"], path)
-        path.write_text(words(40))
-        with pytest.raises(TextError, match="takes 128 at least; give a longer text, or a smaller --context"):
-            calibrated(packed["relu"], path, replace(QUICK, context=64, tokens=256))
-        assert not (packed["relu"] / NAME).exists()
-
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_the_shortest_text_there_may_be(self, packed: dict[str, Path], kind: str, tmp_path: Path) -> None:
-        path, store = tmp_path / "short.txt", copy_of(packed[kind], tmp_path / "store")
-        for count in range(100):
-            path.write_text(words(count))
-            if len(token_ids(store, path)) >= LEAST_TOKENS:
-                break
-        report = calibrated(store, path, replace(QUICK, context=16))
-        assert verify(open_store(store)) == []
-        assert report.calibration.held_out == len(token_ids(store, path)) // 4
-        assert report.calibration.statistics
-
-    def test_someone_else_changes_it(self, packed: dict[str, Path], text: Path, tmp_path: Path) -> None:
-        path = copy_of(packed["relu"], tmp_path / "store")
-        with StoreUpdate(open_store(path)), pytest.raises(StoreBusyError, match="being written by another process"):
-            calibrated(path, text)
-        assert not (path / NAME).exists()
-
-    def test_no_tokenizer(self, text: Path, tmp_path: Path) -> None:
-        from flashinfer import pack
-
-        pack(make_llama(tmp_path / "checkpoint"), tmp_path / "store")
-        with pytest.raises(StoreError, match="the store has no tokenizer"):
-            calibrated(tmp_path / "store", text)
-
-
-class TestRefining:
-    """Thresholds between the levels, for the perplexity that is allowed."""
-
-    def refined(self, targets: tuple[float, ...], cost: Any, allowed: float = 0.01) -> tuple[list[Level], list[Level]]:
-        """Levels of these densities, and those found between them; `cost` is of a sparsity."""
-
-        def judged(level: Level) -> Level:
-            return msgspec.structs.replace(
-                level, density=level.target, exact_perplexity=10.0, perplexity=10.0 * (1.0 + cost(1.0 - level.target))
-            )
-
-        def level_at(density: float) -> Level:
-            return untried("threshold", density, (1.0, 1.0), 1.0, density)
-
-        judging: Any = object.__new__(_Judging)
-        judging._exact, judging.level = 10.0, judged
-        judging._job = SimpleNamespace(options=Options(max_ppl_increase=allowed))
-        levels = [judged(level_at(t)) for t in targets]
-        found = judging.refined(levels, SimpleNamespace(level_at=level_at))
-        return levels, found
-
-    @pytest.mark.parametrize("power", [2, 3, 4])
-    @pytest.mark.parametrize("allowed", [0.003, 0.01, 0.1])
-    def test_it_comes_close_to_what_is_allowed(self, power: int, allowed: float) -> None:
-        levels, found = self.refined((0.7, 0.6, 0.5, 0.4, 0.3), lambda s: 0.5 * s**power, allowed)
-        true = 1.0 - (allowed / 0.5) ** (1 / power)
-        every = [*levels, *found]
-        chosen = every[choose(every, Options(max_ppl_increase=allowed))]
-        assert chosen.perplexity <= 10.0 * (1 + allowed)
-        assert chosen.target == pytest.approx(max(true, 0.3), abs=0.03)
-        assert len(found) <= REFINED + 1
-        assert len({level.target for level in every}) == len(every)
-
-    def test_nothing_is_left_to_find(self) -> None:
-        assert self.refined((0.7, 0.3), lambda s: 0.001)[1] == []
-        assert self.refined((0.7, 0.3), lambda s: 1.0 * s, allowed=0.0)[1] == []
-
-    def test_where_nothing_may_be_left_out(self) -> None:
-        """Then the least harm is done."""
-        levels, found = self.refined((0.7, 0.3), lambda s: s)
-        assert [level.target for level in found] == [0.98]
-        assert choose([*levels, *found], Options()) == 2
-
-    @pytest.mark.parametrize("targets", [(0.99, 0.97), (0.999, 0.5), (0.9995, 0.9)])
-    def test_no_level_twice(self, targets: tuple[float, ...]) -> None:
-        levels, found = self.refined(targets, lambda s: 0.0 if s < 0.0012 else 0.02)
-        every = [level.target for level in (*levels, *found)]
-        assert len(set(every)) == len(every)
-        assert all(targets[1] <= t <= 1.0 for t in every)
-
-
-class TestChoosing:
-    def levels(self, predictor: str, *rows: tuple[float, float, float]) -> list[Level]:
-        return [Level(predictor, t, (1.0,), 0.9, d, p, 10.0) for t, d, p in rows]  # type: ignore[arg-type]
-
-    def test_low_rank_by_recall(self) -> None:
-        levels = self.levels("low-rank", (0.9, 0.2, 11.0), (0.95, 0.3, 10.5), (0.99, 0.5, 10.0))
-        assert choose(levels, Options(recall=0.95)) == 1
-        assert choose(levels, Options(recall=0.9, density=0.5)) == 0
-
-    def test_thresholds_by_density_or_by_perplexity(self) -> None:
-        levels = self.levels("threshold", (0.7, 0.7, 10.05), (0.5, 0.5, 10.09), (0.3, 0.3, 12.0))
-        assert choose(levels, Options()) == 1
-        assert choose(levels, Options(max_ppl_increase=0.3)) == 2
-        assert choose(levels, Options(max_ppl_increase=0.001)) == 0
-        assert choose(levels, Options(density=0.3)) == 2
