@@ -15,7 +15,7 @@ from flashinfer.cache import WindowCache
 from flashinfer.config import STORE_ALIGNMENT, CacheConfig, IoConfig, RunConfig
 from flashinfer.io import RecordPlan, cheapest, group_tiles, plan_records
 from flashinfer.model.weights import decode_tiles
-from flashinfer.store.geometry import LARGEST_RECORD, Geometry, choose_bundles_per_record, round_up
+from flashinfer.store.geometry import LARGEST_RECORD, Geometry, round_up
 from flashinfer.tune.order import bisected_order, hottest_first, linked_order
 
 Index = npt.NDArray[np.int64]
@@ -149,14 +149,6 @@ def least(tried: list[Arrangement], io: IoConfig) -> Arrangement:
         fewest = min(a.traffic.bytes for a in tried)
         tried = [a for a in tried if a.traffic.bytes <= fewest * BYTES_TOLERANCE]
     return min(tried, key=lambda a: a.traffic.seconds)
-
-
-def as_packed(masks: Masks, bundle_bytes: int, *, neurons: int, conditions: Conditions) -> Arrangement:
-    """What is there without calibration: the original order in the records that `pack` chooses."""
-    count = choose_bundles_per_record(bundle_bytes, neurons=neurons, alignment=conditions.alignment)
-    return Arrangement(
-        None, count, replay(masks, _geometry(None, count, bundle_bytes, neurons, conditions), conditions)
-    )
 
 
 def orders(masks: Masks, bundle_bytes: int, *, neurons: int, io: IoConfig) -> Mapping[str, Index | None]:

@@ -17,7 +17,7 @@ from flashinfer.store import Calibration, LayerStatistics, Level, Manifest, Stor
 from flashinfer.text import load_tokenizer
 from flashinfer.tune.collect import collect, sample_bytes
 from flashinfer.tune.job import Job, Made, Progress
-from flashinfer.tune.judged import Judge, Judged, with_recall
+from flashinfer.tune.levels import Judge, Judged, with_recall
 from flashinfer.tune.make import check_room, make_sparse, make_thresholds
 from flashinfer.tune.options import Options
 from flashinfer.tune.perplexity import Ids, Protocol, bos_of

@@ -21,6 +21,7 @@ from flashinfer.tune.rank import LADDER
 from flashinfer.tune.rewrite import plan_rewrite, rewrite
 from flashinfer.tune.samples import Samples, sample_type
 from flashinfer.tune.sketch import PredictorTensor, predictors_size, sketch_tensors, write_predictors
+from flashinfer.tune.statistics import counter_bytes
 from flashinfer.tune.thresholds import BASE, fit_thresholds, thresholding_bytes
 from flashinfer.tune.trial import untried
 from flashinfer.units import MIB
@@ -76,7 +77,9 @@ def make_thresholds(job: Job) -> Made:
 
 def check_room(job: Job) -> None:
     """Refuse a cap before anything is run if a step takes more. Raises CapTooSmallError."""
-    (check_sparse if job.store.manifest.facts.sparse else check_thresholds)(job)
+    facts = job.store.manifest.facts
+    job.check_room(counter_bytes(facts.intermediate_size, facts.intermediate_size), "counting who is needed")
+    (check_sparse if facts.sparse else check_thresholds)(job)
 
 
 def check_sparse(job: Job) -> None:

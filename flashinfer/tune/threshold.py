@@ -14,20 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
-Wide = npt.NDArray[np.float64]
 Rows = Callable[[int, int], Floats]
-Weighting = Literal["one", "up", "contribution"]
 
 BLOCK = 256
 """Neurons looked at together."""
-OUTPUT_TOKENS = 512
-"""Tokens whose FFN outputs are summed, at most."""
 LARGEST = np.float32(1e30)
 """Threshold of a neuron that never contributes anything."""
 _BIN_SHIFT = 12
@@ -66,14 +61,11 @@ class GluLayer:
 class Scores:
     """How much the neurons of one layer contribute: what every threshold of the layer follows from.
 
-    weights: w_n `[neurons]`. counts: pairs of a token and a neuron by score |act(g)| * w_n, in bins. lost: mean over
-    tokens of the sum of (act(g) u |down|)^2 over the pairs in a bin. output: rms over tokens of the norm of the output.
+    weights: w_n `[neurons]`. counts: pairs of a token and a neuron by score |act(g)| * w_n, in bins.
     """
 
     weights: Floats
     counts: npt.NDArray[np.int64]
-    lost: Wide
-    output: float
 
     def tau(self, density: float) -> float:
         """The score above which that share of all pairs lies, to the width of a bin; 0 for a density of 1 or more."""
@@ -84,10 +76,6 @@ class Scores:
         """Share of all pairs above a score; those of score 0 are above none."""
         return float(self.counts[max(1, _bin(tau)) :].sum() / self.counts.sum())
 
-    def error(self, tau: float) -> float:
-        """Norm of what is dropped below a score beside that of the output, as if no two neurons' parts were alike."""
-        return float(np.sqrt(self.lost[: _bin(tau)].sum()) / max(self.output, 1e-30))
-
     def thresholds(self, tau: float) -> Floats:
         """t of each neuron, `[neurons]`: it is kept where |act(g)| > t."""
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -95,13 +83,12 @@ class Scores:
         return np.minimum(t, LARGEST).astype(np.float32)
 
 
-def score_layer(layer: GluLayer, x: Floats, weighting: Weighting = "contribution") -> Scores:
+def score_layer(layer: GluLayer, x: Floats) -> Scores:
     """Look at all neurons of a layer with sampled inputs. Memory: a block of neurons and their values, and the bins.
 
     Args:
         layer: the weights.
         x: `[tokens, hidden]`, sampled inputs of the FFN (after its norm); a memory map will do.
-        weighting: w_n: 1 as in CATS; mean of |u_n| as in CHESS; rms(u_n) * |down_n|.
 
     Raises:
         ValueError: no samples.
@@ -109,20 +96,13 @@ def score_layer(layer: GluLayer, x: Floats, weighting: Weighting = "contribution
     if not len(x):
         raise ValueError("thresholds need samples")
     weights = np.zeros(layer.neurons, dtype=np.float32)
-    counts, lost = np.zeros(_BINS, dtype=np.int64), np.zeros(_BINS)
-    output = np.zeros((min(len(x), OUTPUT_TOKENS), x.shape[1]), dtype=np.float32)
+    counts = np.zeros(_BINS, dtype=np.int64)
     for first in range(0, layer.neurons, BLOCK):
         last = min(layer.neurons, first + BLOCK)
         act, up = layer.values(x, first, last)
-        down = layer.down(first, last)
-        norm = np.linalg.norm(down, axis=1)
-        weights[first:last] = _weights(up, norm, weighting)
-        bins = _bins(np.abs(act) * weights[first:last])
-        product = act * up
-        output += product[: len(output)] @ down
-        counts += np.bincount(bins, minlength=_BINS)
-        lost += np.bincount(bins, weights=np.square(product * norm, dtype=np.float64).ravel(), minlength=_BINS)
-    return Scores(weights, counts, lost / len(x), float(np.sqrt(np.square(output).sum(axis=1).mean())))
+        weights[first:last] = np.sqrt(np.square(up).mean(axis=0)) * np.linalg.norm(layer.down(first, last), axis=1)
+        counts += np.bincount(_bins(np.abs(act) * weights[first:last]), minlength=_BINS)
+    return Scores(weights, counts)
 
 
 @dataclass(frozen=True)
@@ -181,16 +161,6 @@ def _between(good: Trial, bad: Trial, budget: float) -> float:
     if 0 < good.cost < bad.cost < np.inf:
         share = float(np.log(budget / good.cost) / np.log(bad.cost / good.cost))
     return float(good.knob * (bad.knob / good.knob) ** min(0.9, max(0.1, share)))
-
-
-def _weights(up: Floats, norm: Floats, weighting: Weighting) -> Floats:
-    if weighting == "one":
-        return np.ones_like(norm)
-    if weighting == "up":
-        size: Floats = np.abs(up).mean(axis=0)
-        return size
-    rms: Floats = np.sqrt(np.square(up).mean(axis=0))
-    return np.asarray(rms * norm)
 
 
 def _bins(scores: Floats) -> npt.NDArray[np.int64]:

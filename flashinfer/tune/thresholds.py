@@ -48,7 +48,7 @@ class Thresholds:
     def _scores(self) -> Iterator[Scores]:
         for i in range(self.layers):
             data = self.work.kept(_name(i))
-            yield Scores(data["weights"], data["counts"], data["lost"], float(data["output"]))
+            yield Scores(data["weights"], data["counts"])
 
 
 def fit_thresholds(
@@ -78,7 +78,7 @@ def _fit(store: Store, work: Work, layer: int, backend: Backend) -> None:
     if work.done(step) is None:
         with Source(store) as source:
             s = score_layer(_weights(store, source, layer, backend), _inputs(work, layer))
-        work.keep(_name(layer), weights=s.weights, counts=s.counts, lost=s.lost, output=s.output)
+        work.keep(_name(layer), weights=s.weights, counts=s.counts)
         work.note(step)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from flashinfer.store import Calibration, Level, Manifest, Store, StoreUpdate
-from flashinfer.store.calibration import SECTION
+from flashinfer.store.calibration import SECTION, Approximate
 
 
 class Trial:
@@ -34,6 +34,6 @@ class Trial:
         return Store(self._update.directory, msgspec.structs.replace(self._manifest, sections=sections))
 
 
-def untried(predictor: str, target: float, adjust: Sequence[float], recall: float, density: float) -> Level:
+def untried(predictor: Approximate, target: float, adjust: Sequence[float], recall: float, density: float) -> Level:
     """A level nobody has judged yet."""
-    return Level(predictor, target, tuple(adjust), recall, density, 1.0, 1.0)  # type: ignore[arg-type]
+    return Level(predictor, target, tuple(adjust), recall, density, 1.0, 1.0)

@@ -22,6 +22,8 @@ from flashinfer.tune.work import NAME
 from tests.checkpoints import make_llama, make_opt
 from tests.tiny_tokenizers import CORPUS, tiny_gpt2, tiny_sentencepiece
 
+KINDS = ["relu", "opt", "silu"]
+"""What `make_store` makes."""
 CONTEXT = 32
 OPTIONS = Options(
     tokens=160, held_out=48, context=CONTEXT, share=0.25, recall=0.9, recalls=(0.9, 0.98), densities=(0.7, 0.4)

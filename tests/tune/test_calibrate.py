@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,20 +24,21 @@ from flashinfer.tune.statistics import LayerCounter, hottest
 from flashinfer.tune.work import NAME
 from tests.tune.calibrating import (
     CONTEXT,
+    KINDS,
     OPTIONS,
     assert_same,
     calibrated,
     contents,
     copy_of,
     logits,
-    make_store,
     token_ids,
     words,
 )
 from tests.tune.test_statistics import naive_new, naive_union
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
 SPARSE = ["relu", "opt"]
-KINDS = [*SPARSE, "silu"]
 BOS = {"relu": 1, "opt": 2, "silu": 1}
 Mask = npt.NDArray[np.bool_]
 
@@ -60,28 +59,6 @@ class Made:
         ids = token_ids(self.packed, self.text)[: OPTIONS.tokens + OPTIONS.held_out]
         assert len(ids) == OPTIONS.tokens + OPTIONS.held_out
         return ids[-OPTIONS.held_out :]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections() -> Iterator[None]:
-    """Each step ends with a collection of garbage, which need not look at what the tests have imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(words(400))
-    return path
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A store of each kind. Read only: who calibrates takes a copy."""
-    return {kind: make_store(tmp_path_factory.mktemp(kind), kind) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")

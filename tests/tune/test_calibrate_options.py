@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from flashinfer.tune.options import Options
 from flashinfer.tune.work import NAME
 from tests.checkpoints import make_llama, make_opt
 from tests.tune.calibrating import (
+    KINDS,
     QUICK,
     assert_same,
     calibrated,
@@ -32,29 +31,7 @@ from tests.tune.calibrating import (
     words,
 )
 
-KINDS = ["relu", "opt", "silu"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections() -> Iterator[None]:
-    """Each step ends with a collection of garbage, which need not look at what the tests have imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(words(400))
-    return path
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A store of each kind. Read only: who calibrates takes a copy."""
-    return {kind: make_store(tmp_path_factory.mktemp(kind), kind) for kind in KINDS}
+pytestmark = pytest.mark.usefixtures("quick_collections")
 
 
 class TestOptions:

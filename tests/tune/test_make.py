@@ -22,6 +22,7 @@ from flashinfer.tune.job import Job
 from flashinfer.tune.layers import Fitted
 from flashinfer.tune.options import Options
 from flashinfer.tune.samples import SampleWriter
+from flashinfer.tune.statistics import counter_bytes
 from flashinfer.tune.work import Work
 from tests.checkpoints import make_llama
 from tests.tune.firings import grouped, packed
@@ -142,10 +143,14 @@ class TestRoom:
     def test_what_is_not_made_takes_nothing(self, job: Job, steps: dict[str, int], monkeypatch) -> None:
         monkeypatch.setattr(job_module.machine, "resident_bytes", lambda: 50_000_000)
         monkeypatch.setattr(make, "REWRITING", 1)
+        width = job.store.manifest.facts.intermediate_size
+        enough = 50_000_000 + counter_bytes(width, width)
         options = Options(make=("certified",), order=False)
-        make.check_room(self.capped(job, 50_000_001, options=options))
+        make.check_room(self.capped(job, enough, options=options))
         with pytest.raises(CapTooSmallError, match="ordering"):
-            make.check_room(self.capped(job, 50_000_001, options=Options(make=("certified",))))
+            make.check_room(self.capped(job, enough, options=Options(make=("certified",))))
+        with pytest.raises(CapTooSmallError, match="counting"):
+            make.check_room(self.capped(job, enough - 1, options=options))
 
     def test_without_a_cap(self, job: Job) -> None:
         make.check_room(job)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from flashinfer.predict.criterion import bounds
 from flashinfer.store import Activation
 from flashinfer.tune import threshold as module
-from flashinfer.tune.threshold import LARGEST, GluLayer, Weighting, score_layer, within_budget
+from flashinfer.tune.threshold import LARGEST, GluLayer, score_layer, within_budget
 
 Floats = npt.NDArray[np.float32]
 
@@ -57,7 +57,6 @@ class Made:
     act: Floats
     up: Floats
     norm: Floats
-    outputs: Floats
     x: Floats
 
 
@@ -76,33 +75,25 @@ def make(neurons: int = 50, tokens: int = 40, seed: int = 0, biases: bool = True
         neurons, silu, lambda i, j: gate[i:j], lambda i, j: up[i:j], lambda i, j: down[i:j], gate_bias=b, up_bias=c
     )
     act, u = silu(x @ gate.T + (0 if b is None else b)), x @ up.T + (0 if c is None else c)
-    return Made(layer, act, u, np.linalg.norm(down, axis=1), (act * u) @ down, x)
+    return Made(layer, act, u, np.linalg.norm(down, axis=1), x)
 
 
-def twin_weights(made: Made, weighting: Weighting) -> Floats:
-    if weighting == "contribution":
-        return np.sqrt((made.up**2).mean(axis=0)) * made.norm
-    return np.abs(made.up).mean(axis=0) if weighting == "up" else np.ones_like(made.norm)
+def twin_weights(made: Made) -> Floats:
+    return np.sqrt((made.up**2).mean(axis=0)) * made.norm
 
 
 @pytest.mark.parametrize("block", [7, 50, 256])
-@pytest.mark.parametrize("weighting", ["one", "up", "contribution"])
 @pytest.mark.parametrize("biases", [False, True])
-def test_scores_are_those_of_all_neurons_at_once(
-    monkeypatch: pytest.MonkeyPatch, biases: bool, weighting: Weighting, block: int
-) -> None:
+def test_scores_are_those_of_all_neurons_at_once(monkeypatch: pytest.MonkeyPatch, biases: bool, block: int) -> None:
     monkeypatch.setattr(module, "BLOCK", block)
     made = make(biases=biases)
-    scores = score_layer(made.layer, made.x, weighting)
-    assert scores.weights == pytest.approx(twin_weights(made, weighting), rel=1e-5)
-    assert scores.output == pytest.approx(np.sqrt((made.outputs**2).sum(axis=1).mean()), rel=1e-5)
-    size = np.abs(made.act) * twin_weights(made, weighting)
+    scores = score_layer(made.layer, made.x)
+    assert scores.weights == pytest.approx(twin_weights(made), rel=1e-5)
+    size = np.abs(made.act) * twin_weights(made)
     for density in (0.05, 0.3, 0.8):
         tau = scores.tau(density)
         assert (size > tau).mean() == pytest.approx(density, abs=0.01)
         assert scores.density(tau) == pytest.approx(density, abs=0.01)
-        lost = np.where(size > tau, 0, made.act * made.up * made.norm)
-        assert scores.error(tau) * scores.output == pytest.approx(np.sqrt((lost**2).sum(axis=1).mean()), rel=0.01)
         kept = np.abs(made.act) > scores.thresholds(tau)
         assert (kept == (size > tau)).mean() > 0.999
 

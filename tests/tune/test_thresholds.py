@@ -15,7 +15,7 @@ from flashinfer.backend import open_backend
 from flashinfer.errors import StoreError
 from flashinfer.store import Store, StoreUpdate, open_store
 from flashinfer.tune import thresholds as module
-from flashinfer.tune.judged import with_recall
+from flashinfer.tune.levels import with_recall
 from flashinfer.tune.sketch import write_predictors
 from flashinfer.tune.threshold import LARGEST
 from flashinfer.tune.thresholds import BASE, LOOKED_AT, Thresholds, activated, fit_thresholds, thresholding_bytes
@@ -106,9 +106,7 @@ def test_scores_of_one_layer_at_a_time(tmp_path: Path) -> None:
     bins = np.zeros(1 << 19, dtype=np.int64)
     bins[1000:2000] = 1
     for layer in range(5):
-        work.keep(
-            f"layer-{layer}.thresholds", weights=np.ones(4, np.float32), counts=bins, lost=np.zeros(1 << 19), output=1.0
-        )
+        work.keep(f"layer-{layer}.thresholds", weights=np.ones(4, np.float32), counts=bins)
     found = Thresholds(work, 5)
     tracemalloc.start()
     assert found.factors(0.5) == (1.0,) * 5
@@ -123,7 +121,7 @@ def test_a_layer_that_adds_nothing(tmp_path: Path) -> None:
     bins = np.zeros(1 << 19, dtype=np.int64)
     bins[0] = 100
     work.keep(
-        "layer-0.thresholds", weights=np.zeros(4, np.float32), counts=bins, lost=np.zeros(1 << 19), output=0.0
+        "layer-0.thresholds", weights=np.zeros(4, np.float32), counts=bins
     )  # fmt: skip
     found = Thresholds(work, 1)
     assert np.isfinite(found.factors(0.3)).all()
