@@ -20,9 +20,6 @@ TILE_TOKENS = 16
 TILE_KEYS = 128
 """KV positions one attention tile covers, anchored to position 0."""
 
-COPY_RECORDS = 16
-"""Records copied at once from a read buffer to their slots."""
-
 STORE_ALIGNMENT = 512
 """Default record alignment in bytes; readers widen extents to what the device asks for."""
 FILE_ALIGNMENT = 4096

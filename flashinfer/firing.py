@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
-import numpy as np
 
 from flashinfer.choice import Choice
 from flashinfer.store import Calibration, LayerStatistics, Manifest
@@ -36,8 +35,7 @@ class Firing:
         """Share of a layer's neurons that so many tokens in a row need together."""
         if self.measured is None:
             return 1.0 - float((1.0 - self.density) ** (tokens**ASSUMED_KINSHIP))
-        known = self.measured.union
-        return float(np.interp(math.log2(tokens), range(len(known)), known))
+        return _between(self.measured.union, math.log2(tokens))
 
     def touched(self, tokens: int, bundles_per_record: int) -> float:
         """Share of a layer's records that so many tokens in a row need."""
@@ -51,9 +49,15 @@ class Firing:
         if self.hit_rate is not None:
             return needed * (1.0 - self.hit_rate)
         if self.measured is not None and tokens == 1:
-            known = self.measured.missing
-            return float(np.interp(kept * (len(known) - 1), range(len(known)), known))
+            return _between(self.measured.missing, kept * (len(self.measured.missing) - 1))
         return max(needed * float((1.0 - kept) ** self.reuse), needed - kept)
+
+
+def _between(known: tuple[float, ...], at: float) -> float:
+    """Values known at 0, 1, 2, ..., straight lines in between; the last one holds beyond."""
+    i = min(int(at), len(known) - 1)
+    here, there = known[i], known[min(i + 1, len(known) - 1)]
+    return here + (at - i) * (there - here)
 
 
 def firing_of(manifest: Manifest, choice: Choice, calibration: Calibration | None = None) -> tuple[Firing, ...]:

@@ -148,6 +148,11 @@ class Backend(Protocol):
         of `fired[t, :, n]` at byte `offsets[t, n]` (`[tiles, TILE_NEURONS]`). Writes `acc`."""
         ...
 
+    def copy(self, memory: Bytes, targets: Index, sources: Index, size: int) -> None:
+        """Copy the `size` bytes of `memory` from each source to its target; none of these ranges overlaps another.
+        Takes no memory of its own. Writes `memory`."""
+        ...
+
     def close(self) -> None:
         """Release threads. Idempotent."""
         ...

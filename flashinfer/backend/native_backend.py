@@ -160,6 +160,9 @@ class NativeBackend:
         self._engine.fire(out, gate, ACTIVATIONS[activation], index)
         return out
 
+    def copy(self, memory: Bytes, targets: Index, sources: Index, size: int) -> None:
+        self._engine.copy(memory, targets, sources, size)
+
     def ffn(self, acc: Floats, x: Floats, fired: Floats, memory: Bytes, offsets: Index, bundle: Bundle) -> None:
         parts = (*_place(bundle.up), *_place(bundle.up_bias), *_place(bundle.down))
         self._engine.ffn(acc, x, fired, memory, offsets, bundle.bytes, *parts)

@@ -224,6 +224,10 @@ class TorchBackend:
         picked = gate[:, at.clamp(min=0)].permute(1, 0, 2).contiguous()
         return ACTIVATIONS[activation](picked).masked_fill_((at < 0)[:, None, :], 0.0)
 
+    def copy(self, memory: Bytes, targets: Index, sources: Index, size: int) -> None:
+        for to, at in zip(targets.tolist(), sources.tolist(), strict=True):
+            memory[to : to + size] = memory[at : at + size]
+
     def ffn(self, acc: Tensor, x: Tensor, fired: Tensor, memory: Bytes, offsets: Index, bundle: Bundle) -> None:
         host = torch.from_numpy(memory)
         at = torch.from_numpy(offsets)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from flashinfer.choice import Choice
 from flashinfer.config import (
-    COPY_RECORDS,
     FILE_ALIGNMENT,
     MIN_STAGING,
     TILE_NEURONS,
@@ -36,8 +35,7 @@ def least_plan(m: Manifest, r: Request, *, streams: bool) -> Plan:
     may not stream what is known beforehand, it has no buffers for that."""
     f = m.facts
     vectors = sum(t.bytes for t in m.tensors.values() if len(t.shape) == 1)
-    widest = max(t.shape[1] for name, t in m.tensors.items() if name in all_matrices(m))
-    record = max(layer.record_bytes for layer in m.layers)
+    widest = max(m.tensors[name].shape[1] for name in all_matrices(m))
     tile = max(_worst_tile_bytes(m, r.alignment), MIN_STAGING)
     block = max(TILE_ROWS * t.bytes // t.shape[0] for t in m.tensors.values() if len(t.shape) == 2)
     block = max(round_up(block, FILE_ALIGNMENT) + 2 * r.alignment, MIN_STAGING)
@@ -55,7 +53,7 @@ def least_plan(m: Manifest, r: Request, *, streams: bool) -> Plan:
         weight_resident=0,
         weight_slots=0,
         weight_staging=2 * (neuron_staging + piece),
-        weight_scratch=r.threads * per_thread + COPY_RECORDS * record + lookup + round_up(bundle, FILE_ALIGNMENT),
+        weight_scratch=r.threads * per_thread + lookup + round_up(bundle, FILE_ALIGNMENT),
         baseline=r.baseline + r.footprint.growth,
         kv_cache=_kv_cache(f, r),
         activations=_activations(f, r),

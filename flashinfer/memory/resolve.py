@@ -47,6 +47,10 @@ class _Want:
     share: float = 0.0
 
 
+_Steps = dict[tuple[int, int, int], "list[_Want]"]
+"""Wants of slots, by all of a plan that their price depends on: the read buffers."""
+
+
 def resolve(manifest: Manifest, request: Request) -> Plan:
     """The plan under the cap that is predicted fastest (`speed`).
 
@@ -58,7 +62,8 @@ def resolve(manifest: Manifest, request: Request) -> Plan:
     """
     # the planner's own figures, so that the same cap always gives the same plan
     c = conditions_of(manifest, request, request.run.io.disk, request.run.rates)
-    plans = [plan for start, must in _starts(manifest, request) if _can_run(c, plan := _spend(c, start, must))]
+    steps: _Steps = {}
+    plans = [plan for start, must in _starts(manifest, request) if _can_run(c, plan := _spend(c, start, must, steps))]
     if plans:
         return min(plans, key=lambda plan: _price(c, sum(step_cost(c, plan, 1), Cost())))
     least = least_plan(manifest, request, streams=True)
@@ -137,12 +142,12 @@ def _advice(least: Plan) -> str:
     return "; raise the cap"
 
 
-def _spend(c: Conditions, plan: Plan, must: frozenset[str]) -> Plan:
+def _spend(c: Conditions, plan: Plan, must: frozenset[str], steps: _Steps) -> Plan:
     """Spend what the plan leaves of the cap: on what must stay (it may exceed the cap), then on wants, by value."""
     m, resident = c.manifest, set(must)
     free = plan.cap - plan.total - sum(_dense_area(m.tensors[name].bytes) for name in must)
     slots, slot_bytes = plan.slots, 0
-    for want in sorted(_wants(c, plan, must), key=lambda w: (-w.value, w.bytes, w.role)) if free > 0 else ():
+    for want in sorted(_wants(c, plan, must, steps), key=lambda w: (-w.value, w.bytes, w.role)) if free > 0 else ():
         if want.role == "slots":
             slots, before = _slots_for(m, free + slot_bytes, want.share), slot_bytes
             slot_bytes = sum(_slot_area(n, layer.record_bytes) for n, layer in zip(slots, m.layers, strict=True))
@@ -156,7 +161,7 @@ def _spend(c: Conditions, plan: Plan, must: frozenset[str]) -> Plan:
     return replace(plan, weight_resident=kept, weight_slots=slot_bytes, resident=frozenset(resident), slots=slots)
 
 
-def _wants(c: Conditions, plan: Plan, must: frozenset[str]) -> list[_Want]:
+def _wants(c: Conditions, plan: Plan, must: frozenset[str], steps: _Steps) -> list[_Want]:
     """Everything that could be resident, with what a byte of it saves; nothing for the mode that keeps nothing."""
     if c.mode == "naive":
         return []
@@ -171,7 +176,10 @@ def _wants(c: Conditions, plan: Plan, must: frozenset[str]) -> list[_Want]:
             size = _dense_area(t.bytes)
             wants.append(_Want((_price(c, costs[0]) - _price(c, costs[1])) / size, size, name))
     if c.mode == "cached":
-        wants += _slot_wants(c, plan)
+        buffers = (plan.neuron_staging, 0, 0) if c.selects else (plan.neuron_staging, plan.piece, plan.ring)
+        if buffers not in steps:
+            steps[buffers] = _slot_wants(c, plan)
+        wants += steps[buffers]
     return wants
 
 

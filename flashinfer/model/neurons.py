@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from flashinfer.backend import Backend
 from flashinfer.cache import AlwaysMiss, Change, Policy, WindowCache
-from flashinfer.config import COPY_RECORDS, RunConfig
+from flashinfer.config import RunConfig
 from flashinfer.io import Reader, RecordPlan, cheapest, group_tiles, plan_range, plan_records
 from flashinfer.ledger import Ledger
 from flashinfer.memory import Mode, Plan
@@ -57,13 +58,14 @@ class NeuronStore:
         self,
         geometries: Sequence[Geometry],
         reader: Reader,
+        backend: Backend,
         plan: Plan,
         run: RunConfig,
         mode: Mode,
         ledger: Ledger,
         arena: Arena,
     ) -> None:
-        self._run, self._ledger, self._mode = run, ledger, mode
+        self._run, self._ledger, self._mode, self._backend = run, ledger, mode, backend
         self._reads, self._alignment = Reads(reader, NEURON_FILE, "neurons", ledger), reader.alignment
         self._half, self._staging, self._arena = plan.neuron_staging, arena.staging, arena.bytes
         self._layers = [
@@ -256,12 +258,10 @@ class NeuronStore:
         arrived[here] = True
 
     def _copy(self, layer: _Layer, slots: Index, sources: Index) -> None:
-        """Records at these bytes of the arena to these slots, COPY_RECORDS at a time."""
-        size = layer.geometry.record_bytes
-        anywhere = np.lib.stride_tricks.as_strided(self._arena, (len(self._arena) - size + 1, size), (1, 1))
-        own = self._arena[layer.base : layer.base + layer.policy.slots * size].reshape(-1, size)
-        for i in range(0, len(slots), COPY_RECORDS):
-            own[slots[i : i + COPY_RECORDS]] = anywhere[sources[i : i + COPY_RECORDS]]
+        """Records at these bytes of the arena to these slots."""
+        if len(slots):
+            size = layer.geometry.record_bytes
+            self._backend.copy(self._arena, layer.base + slots * size, sources, size)
 
 
 def load_slots(g: Geometry, slots: int, memory: Bytes, reads: Reads, alignment: int, max_extent: int) -> int:

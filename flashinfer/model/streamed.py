@@ -66,7 +66,7 @@ class StreamedWeights:
         if needs_all(manifest, choice, mode):
             self._neurons = PinnedNeurons(geometries, reader, plan, run, ledger, self._arena)
         else:
-            self._neurons = NeuronStore(geometries, reader, plan, run, mode, ledger, self._arena)
+            self._neurons = NeuronStore(geometries, reader, backend, plan, run, mode, ledger, self._arena)
         pieces = in_order(self._dense.pieces(), [self._neurons.pieces(i) for i in range(len(geometries))])
         self._stream = Stream(self._arena.bytes[self._arena.ring :], pieces)
         self._dense.read_from(self._stream, self._arena.bytes, self._arena.ring)

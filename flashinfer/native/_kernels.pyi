@@ -72,5 +72,7 @@ class Engine:
         """Rotary positions on heads of `dim` values, halves convention."""
     def fire(self, out: _Floats, gate: _Floats, activation: int, index: _Index) -> None:
         """`out[tile, t, n] = activation(gate[t, index[tile, n]])`, 0 where the index is negative."""
+    def copy(self, memory: _Bytes, targets: _Index, sources: _Index, size: int) -> None:
+        """`memory[targets[i] : targets[i] + size] = memory[sources[i] : ...]`; no two of these ranges overlap."""
     def close(self) -> None:
         """End the threads. Idempotent; a later call starts them again."""

@@ -110,6 +110,16 @@ void Engine::fire(float* out, const float* gate, long tokens, long neurons, Acti
     });
 }
 
+void Engine::copy(std::uint8_t* memory, const std::int64_t* targets, const std::int64_t* sources, long count,
+                  long size) {
+    auto lock = pool_.exclusive();
+    const long share = std::clamp(ceil_div(count, 4 * pool_.threads()), 1L, MOST_ROWS);
+    spread(ceil_div(count, share), count * size, [&](int task, int) {
+        for (long i = task * share; i < std::min(count, (task + 1) * share); i++)
+            std::memcpy(memory + targets[i], memory + sources[i], size);
+    });
+}
+
 long Engine::scratch_bytes() const { return rows_.bytes() + values_.bytes() + lists_.bytes() + attention_.bytes(); }
 
 }  // namespace flashinfer

@@ -85,6 +85,9 @@ class Engine {
     void fire(float* out, const float* gate, long tokens, long neurons, Activation activation, const std::int64_t* index,
               long tiles, long tile);
 
+    // Copies `count` records of `size` bytes between bytes of `memory`; none overlaps another.
+    void copy(std::uint8_t* memory, const std::int64_t* targets, const std::int64_t* sources, long count, long size);
+
     const char* name() const { return table_.name; }
     long scratch_bytes() const;
     void close() { pool_.close(); }

@@ -22,7 +22,9 @@ using Floats = Array<float, 2>;
 using ConstFloats = Array<const float, 2>;
 using Vector = Array<const float, 1>;
 using Bytes = Array<const std::uint8_t, 1>;
+using OpenBytes = Array<std::uint8_t, 1>;
 using Index = Array<const std::int64_t, 2>;
+using IndexRow = Array<const std::int64_t, 1>;
 using Cache = nb::ndarray<nb::ro, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using OpenCache = nb::ndarray<nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
@@ -164,6 +166,16 @@ void rotate(Engine& self, Floats out, ConstFloats x, long dim, ConstFloats cos, 
     self.rotate(out.data(), x.data(), tokens, width / dim, dim, cos.data(), sin.data(), half);
 }
 
+void copy(Engine& self, OpenBytes memory, IndexRow targets, IndexRow sources, long size) {
+    require(size >= 0 && targets.size() == sources.size(), "targets and sources differ in number");
+    const std::int64_t last = std::int64_t(memory.size()) - size;
+    for (size_t i = 0; i < targets.size(); i++)
+        require(targets.data()[i] >= 0 && targets.data()[i] <= last && sources.data()[i] >= 0 && sources.data()[i] <= last,
+                "a record lies outside of the memory");
+    nb::gil_scoped_release free;
+    self.copy(memory.data(), targets.data(), sources.data(), long(targets.size()), size);
+}
+
 void fire(Engine& self, Array<float, 3> out, ConstFloats gate, int activation, Index index) {
     const long tokens = gate.shape(0), neurons = gate.shape(1);
     require(activation >= 0 && activation <= int(Activation::gelu_quick), "no such activation");
@@ -197,5 +209,6 @@ NB_MODULE(_kernels, m) {
              "bias"_a.noconvert().none(), "center"_a, "eps"_a)
         .def("rotate", rotate, "out"_a.noconvert(), "x"_a.noconvert(), "dim"_a, "cos"_a.noconvert(), "sin"_a.noconvert())
         .def("fire", fire, "out"_a.noconvert(), "gate"_a.noconvert(), "activation"_a, "index"_a.noconvert())
+        .def("copy", copy, "memory"_a.noconvert(), "targets"_a.noconvert(), "sources"_a.noconvert(), "size"_a)
         .def("close", &Engine::close, nb::call_guard<nb::gil_scoped_release>());
 }

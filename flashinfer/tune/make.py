@@ -78,8 +78,8 @@ def make_thresholds(job: Job) -> Made:
 def check_room(job: Job) -> None:
     """Refuse a cap before anything is run if a step takes more. Raises CapTooSmallError."""
     facts = job.store.manifest.facts
-    job.check_room(counter_bytes(facts.intermediate_size, facts.intermediate_size), "counting who is needed")
     (check_sparse if facts.sparse else check_thresholds)(job)
+    job.check_room(counter_bytes(facts.intermediate_size, facts.intermediate_size), "counting who is needed")
 
 
 def check_sparse(job: Job) -> None:

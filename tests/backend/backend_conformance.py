@@ -326,6 +326,17 @@ class BackendConformance:
         for other in results[1:]:
             assert all(np.array_equal(a, b) for a, b in zip(results[0], other, strict=True))
 
+    @pytest.mark.parametrize(("count", "size"), [(0, 8), (1, 1), (7, 512), (300, 4096)])
+    def test_copy(self, backend: Backend, count: int, size: int) -> None:
+        rng = np.random.default_rng(count)
+        memory = rng.integers(0, 256, 2 * (count + 1) * size + 5, dtype=np.uint8)
+        before, places = memory.copy(), rng.permutation(2 * count).astype(np.int64) * size + 3
+        targets, sources = places[:count], places[count:]
+        backend.copy(memory, targets, sources, size)
+        for to, at in zip(targets, sources, strict=True):
+            before[to : to + size] = before[at : at + size]
+        assert (memory == before).all()
+
     def test_close_may_be_repeated(self) -> None:
         backend = self.make(2)
         backend.close()

@@ -293,6 +293,16 @@ def test_bad_shapes_are_refused() -> None:
             backend.ffn(acc, acc, np.ones((1, 1, 64), np.float32), layer.memory, offsets, layer.bundle)
 
 
+def test_bad_copies_are_refused() -> None:
+    engine, memory = NativeBackend()._engine, np.zeros(64, dtype=np.uint8)
+    good, bad = (np.array(places, dtype=np.int64) for places in ([0, 16], [32, 49]))
+    for targets, sources in ((good, bad), (bad, good), (good, -good), (good, good[:1])):
+        with pytest.raises(ValueError, match=r"record|number"):
+            engine.copy(memory, targets, sources, 16)
+    with pytest.raises(TypeError):
+        engine.copy(memory.astype(np.float32), good, good + 32, 16)
+
+
 def test_bad_decisions_are_refused() -> None:
     layer, index = Layer("int8", 3, 40, gated=True, bias=True, decision=True), tiles_of(3)
     backend, x = NativeBackend(1), normal(1, 1, 40)
