@@ -1,4 +1,9 @@
-"""Decoding measured mode against mode, interleaved: streamed with a cache, always-miss, naive."""
+"""Decoding measured mode against mode, interleaved: streamed with a cache, always-miss, naive.
+
+Beside what a token took stand what the plan had predicted, and its *bound*: what its bytes alone take, read from flash
+by the measured curve and then multiplied with at the rate of a plain scan of memory, one after the other. Lookahead
+may beat that bound: it reads while it computes.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from flashinfer import machine
+from flashinfer.bench.basis import Basis
 from flashinfer.config import Cap, IoObjective, RunConfig
 from flashinfer.engine import Model
 from flashinfer.memory import Mode
@@ -39,7 +45,8 @@ COMPARISON = (
 class Sample:
     """One run of one setting over the same tokens; bytes and milliseconds are per decoded token.
 
-    device_bytes: what the kernel says it fetched for this process (None where it does not say).
+    device_bytes: what the kernel says it fetched for this process (None where it does not say). first_token_s: loading
+    and prompt. predicted_*, bound_ms: see above; None where nothing was measured that they could rest on.
     """
 
     mode: Mode
@@ -57,6 +64,11 @@ class Sample:
     management_ms: float
     compute_ms: float
     first_token_s: float
+    token_ms: float
+    predicted_first_token_s: float | None = None
+    predicted_ms: float | None = None
+    predicted_bytes: float | None = None
+    bound_ms: float | None = None
 
 
 def continue_greedily(model: Model, prompt: Sequence[int], count: int) -> list[int]:
@@ -71,9 +83,9 @@ def continue_greedily(model: Model, prompt: Sequence[int], count: int) -> list[i
 
 def run_setting(
     store: Path | Store, setting: Setting, prompt: Sequence[int], script: Sequence[int], run: RunConfig, cap: Cap,
-    device: str = "cpu",
+    device: str = "cpu", basis: Basis | None = None,
 ) -> Sample:  # fmt: skip
-    """Open the store, process the prompt, replay the script token by token."""
+    """Open the store, process the prompt, replay the script token by token. basis: what predictions rest on."""
     run = replace(run, io=replace(run.io, objective=setting.objective), predictor=setting.predictor)
     context = len(prompt) + len(script)
     with Model.open(store, cap, run=run, mode=setting.mode, context=context, device=device) as model:
@@ -100,7 +112,22 @@ def run_setting(
             management_ms=1e3 * account.management / n,
             compute_ms=1e3 * account.compute / n,
             first_token_s=model.ledger.load.seconds + model.ledger.prefill.seconds,
+            token_ms=1e3 * account.seconds / n,
+            **({} if basis is None else _promised(model, basis, run, len(prompt))),
         )
+
+
+def _promised(model: Model, basis: Basis, run: RunConfig, prompt_tokens: int) -> dict[str, float]:
+    """What was predicted of this run, and the bound of what it did."""
+    p, account = model.predict(basis.disk, basis.rates, prompt_tokens=prompt_tokens), model.ledger.decode
+    reads = account.reads / account.tokens
+    flash = basis.disk.seconds(reads, account.bytes_per_token, min(run.io.in_flight, max(1.0, reads)))
+    return {
+        "predicted_first_token_s": p.load_seconds + p.first_token_seconds,
+        "predicted_ms": 1e3 * p.token_seconds,
+        "predicted_bytes": p.flash_bytes,
+        "bound_ms": 1e3 * (flash + p.dram_bytes / basis.rates.dram),
+    }
 
 
 def compare(
@@ -112,6 +139,7 @@ def compare(
     run: RunConfig,
     cap: Cap,
     settings: Sequence[Setting] = COMPARISON,
+    basis: Basis | None = None,
     on_sample: Callable[[Sample], None] = lambda _: None,
 ) -> list[list[Sample]]:
     """`rounds` samples of every setting, interleaved (all settings in each round). One list per setting."""
@@ -121,7 +149,7 @@ def compare(
     samples: list[list[Sample]] = [[] for _ in settings]
     for _ in range(rounds):
         for kept, setting in zip(samples, settings, strict=True):
-            kept.append(run_setting(store, setting, prompt, script, run, cap))
+            kept.append(run_setting(store, setting, prompt, script, run, cap, basis=basis))
             on_sample(kept[-1])
     return samples
 

@@ -4,44 +4,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from flashinfer import machine
-from flashinfer.backend import has_native, open_backend
-from flashinfer.bench.curve import measure_curve
-from flashinfer.bench.known import KnownDisk, load_known, remember
+from flashinfer.backend import open_backend
+from flashinfer.bench.basis import DEFAULT_BASIS, Basis, measured_basis, room_under
 from flashinfer.bench.place import Place, place_of
-from flashinfer.bench.rates import BUFFER, ENOUGH, main_codec, measure_rates, rates_key
 from flashinfer.choice import Choice
-from flashinfer.config import Cap, DiskCurve, Rates, RunConfig
+from flashinfer.config import Cap, RunConfig
 from flashinfer.errors import CapTooSmallError, StoreError
 from flashinfer.io import open_reader
 from flashinfer.memory import Plan, Request, conditions_of, resolve
 from flashinfer.request import files_of, settle, threads_for
 from flashinfer.speed import Prediction, predict
-from flashinfer.store import Manifest, Store, open_store
+from flashinfer.store import Manifest, open_store
 
 PROMPT_TOKENS = 128
 """Length of the prompt whose first token is predicted, where nobody says (that of arXiv 2312.11514)."""
 SAME = 0.03
 """Caps closer than this to each other are not compared."""
-
-
-@dataclass(frozen=True)
-class Basis:
-    """What seconds are predicted from. `disk_source` and `rates_source` say where they come from, for people."""
-
-    disk: DiskCurve
-    rates: Rates
-    disk_source: str
-    rates_source: str
-    disk_measured: bool
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields, plain."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -64,41 +45,6 @@ class Promise:
     others: tuple[Row, ...]
     direct: str
     choice: Choice
-
-
-def known_basis(store: Store, run: RunConfig) -> Basis:
-    """What was measured before, else the defaults, and labelled so. Measures nothing."""
-    neurons = store.path_of(store.manifest.neurons)
-    known = load_known()
-    rates = known.rates.get(_rates_key(store.manifest, run))
-    return _basis(known.disk(place_of(neurons), store.manifest.neurons.bytes), rates)
-
-
-def _basis(disk: KnownDisk | None, rates: Rates | None) -> Basis:
-    return Basis(
-        disk=disk.curve if disk else DiskCurve(),
-        rates=rates or Rates(),
-        disk_source=f"measured {disk.when}" if disk else "default: not measured here",
-        rates_source="measured" if rates else "default: not measured here",
-        disk_measured=disk is not None,
-    )
-
-
-DEFAULT_BASIS = _basis(None, None)
-"""What is assumed where nothing was measured."""
-
-
-def _rates_key(m: Manifest, run: RunConfig) -> str:
-    native = run.backend == "native" or (run.backend == "auto" and has_native())
-    return rates_key("native" if native else "torch", _codec(m), threads_for(m, run))
-
-
-def _codec(m: Manifest) -> str:
-    sizes: dict[str, int] = {}
-    for t in m.tensors.values():
-        if len(t.shape) == 2:
-            sizes[t.codec] = sizes.get(t.codec, 0) + t.bytes
-    return main_codec(sizes)
 
 
 def promise(
@@ -132,42 +78,17 @@ def promise(
         settled = settle(store, reader, backend, cap, context=context, run=run)
         plan, request = settled.plan, settled.request
         direct = reader.note
-        disk, place = _disk_of(store.path_of(m.neurons), remeasure, seconds, _room(plan), progress)
-        rates = None if remeasure else load_known().rates.get(_rates_key(m, run))
-        if rates is None:
-            progress("measuring memory and arithmetic")
-            buffer = max(1, min(BUFFER, _room(plan)))
-            rates = measure_rates(backend, _codec(m), hidden=m.facts.hidden_size, gated=m.facts.gated, buffer=buffer)
-            if buffer >= ENOUGH:
-                remember(rates=(_rates_key(m, run), rates))
+        basis = measured_basis(
+            store, backend, run, room=room_under(cap), remeasure=remeasure, seconds=seconds, progress=progress
+        )
     finally:
         reader.close()
         backend.close()
         del tokenizer
-    basis, m = _basis(disk, rates), settled.subject.manifest
+    m, place = settled.subject.manifest, place_of(store.path_of(m.neurons))
     asked = Row(plan.cap, plan, _predict(m, request, plan, basis))
     others = tuple(_row(m, request, other, basis) for other in _other_caps(m, request, plan))
     return Promise(place, basis, asked, others, direct, settled.subject.choice)
-
-
-def _room(plan: Plan) -> int:
-    """Bytes a measurement may take: half of what this process may still grow by, under the cap it asks about."""
-    most = machine.usable_memory()
-    if plan.cap_kind == "memory":
-        most = min(most, plan.cap)
-    return max(0, most - machine.resident_bytes()) // 2
-
-
-def _disk_of(
-    file: Path, remeasure: bool, seconds: float, room: int, progress: Callable[[str], None]
-) -> tuple[KnownDisk | None, Place]:
-    place = place_of(file)
-    disk = None if remeasure else load_known().disk(place, file.stat().st_size)
-    if disk is None:
-        disk = measure_curve(file, seconds=seconds, room=room, progress=progress)
-        if disk is not None:
-            remember(disk=(place, disk))
-    return disk, place
 
 
 def _predict(m: Manifest, request: Request, plan: Plan, basis: Basis) -> Prediction:

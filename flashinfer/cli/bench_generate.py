@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,9 +39,12 @@ def command(
     """
     from rich.console import Console
 
+    from flashinfer.backend import open_backend
+    from flashinfer.bench.basis import measured_basis, room_under
     from flashinfer.bench.generate import COMPARISON, Setting, compare, summary
     from flashinfer.choice import parse_predictor
     from flashinfer.config import RunConfig
+    from flashinfer.request import threads_for
     from flashinfer.store import open_store
     from flashinfer.text import load_tokenizer
 
@@ -51,10 +55,14 @@ def command(
     opened = open_store(store)
     tokenizer = load_tokenizer({name: opened.path_of(entry) for name, entry in opened.manifest.text.items()})
     settings = [Setting("cached", "time", name) for name in predictor or ()] or COMPARISON
-    with Console(stderr=True, highlight=False).status("writing the tokens every mode replays") as status:
+    run = RunConfig()
+    with Console(stderr=True, highlight=False).status("") as status:
+        with closing(open_backend("cpu", threads_for(opened.manifest, run), run.backend)) as backend:
+            basis = measured_basis(opened, backend, run, room=room_under(cap), progress=status.update)
+        status.update("writing the tokens every mode replays")
         samples = compare(
-            store, tokenizer.encode(prompt), tokens=tokens, rounds=rounds, run=RunConfig(), cap=cap,
-            settings=settings,
+            store, tokenizer.encode(prompt), tokens=tokens, rounds=rounds, run=run, cap=cap, settings=settings,
+            basis=basis,
             on_sample=lambda s: status.update(
                 f"{s.mode}, {s.predictor}, {s.objective}: {s.tokens_per_second:.2f} tokens/s"
             ),
@@ -62,10 +70,13 @@ def command(
     rows = [summary(s) for s in samples]
     if as_json:
         report = {"schema_version": 1, "command": "bench generate", "tokens": tokens, "rounds": rounds, "rows": rows}
+        report["basis"] = basis.to_json()
         print(json.dumps(report | {"samples": [[vars(s) for s in runs] for runs in samples]}))
         return
     out = Console(highlight=False, soft_wrap=True)
     out.print(comparison_table(rows, f"{tokens} tokens, {rounds} rounds, medians per token"))
+    out.print(promise_table(rows))
+    out.print(f"disk curve {basis.disk_source}; memory {basis.rates.dram / 1e9:.3g} GB/s, {basis.rates_source}")
     out.print(kernel_check(rows))
 
 
@@ -85,9 +96,36 @@ def comparison_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     for r in rows:
         times = (f"{r[name]:.1f}" for name in ("io_wait_ms", "management_ms", "compute_ms", "tokens_per_second"))
         sizes = (format_size(r[name]) for name in ("weights_in_memory", "bytes_read"))
-        mode = r["mode"] if r["predictor"] == "exact" else r["predictor"]
-        table.add_row(mode, r["objective"], *sizes, f"{100 * r['hit_rate']:.0f} %", *times)
+        table.add_row(_mode(r), r["objective"], *sizes, f"{100 * r['hit_rate']:.0f} %", *times)
     return table
+
+
+def promise_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """What the same rows promised and reached; bytes in percent of those predicted; `bench.generate` defines bound."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    title = "reached, beside what was predicted; bound: what a token's bytes alone take, ms"
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
+    for name in ("mode", "for"):
+        table.add_column(name, no_wrap=True)
+    for name in ("first s", "said", "ms", "said", "bytes", "bound", "x bound"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for r in rows:
+        table.add_row(
+            _mode(r), r["objective"], f"{r['first_token_s']:.2f}", f"{r['predicted_first_token_s']:.2f}",
+            f"{r['token_ms']:.3g}", f"{r['predicted_ms']:.3g}", _share(r["bytes_read"], r["predicted_bytes"]),
+            f"{r['bound_ms']:.3g}", f"{r['token_ms'] / r['bound_ms']:.2f}",
+        )  # fmt: skip
+    return table
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.0f} %" if whole else "-"
+
+
+def _mode(row: dict[str, Any]) -> str:
+    return str(row["mode"] if row["predictor"] == "exact" else row["predictor"])
 
 
 def kernel_check(rows: Sequence[dict[str, Any]]) -> str:

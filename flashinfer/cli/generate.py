@@ -35,7 +35,7 @@ from flashinfer.trace import Trace
 from flashinfer.units import format_size
 
 if TYPE_CHECKING:
-    from flashinfer.bench.promise import Basis
+    from flashinfer.bench.basis import Basis
     from flashinfer.generate import Generation, Stream, TextModel
     from flashinfer.speed import Prediction
     from flashinfer.text import Tokenizer
@@ -231,7 +231,7 @@ def _foundation(predicted: Prediction, basis: Basis) -> str:
 
 def _basis(store: Path, run: RunConfig) -> Basis:
     """What predictions rest on here: figures measured before, or the defaults. Nothing is measured now."""
-    from flashinfer.bench.promise import DEFAULT_BASIS, known_basis
+    from flashinfer.bench.basis import DEFAULT_BASIS, known_basis
     from flashinfer.store import open_store
 
     try:

@@ -30,7 +30,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("flashinfer.bench.rates.BUFFER", MIB)
+    monkeypatch.setattr("flashinfer.bench.basis.BUFFER", MIB)
+    monkeypatch.setattr("flashinfer.bench.basis.ENOUGH", MIB)
     return tmp_path
 
 
@@ -72,7 +73,7 @@ def test_what_was_measured_is_not_measured_again(store: Path, monkeypatch, capsy
     arguments = ["plan", str(store), "--weight-memory", "600kB", "--json"]
     assert main([*arguments, *QUICK]) == 0
     first = json.loads(capsys.readouterr().out)["basis"]
-    monkeypatch.setattr("flashinfer.bench.promise.measure_rates", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr("flashinfer.bench.basis.measure_rates", lambda *_, **__: pytest.fail("measured again"))
     assert main([*arguments, *QUICK]) == 0
     assert json.loads(capsys.readouterr().out)["basis"]["rates"] == first["rates"]
     with pytest.raises(pytest.fail.Exception):
@@ -151,7 +152,7 @@ def test_limits_of_both_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_model_predicts_itself(store: Path) -> None:
-    with Model.open(store, Cap(weight_memory=600_000), context=32) as model:
+    with Model.open(store, Cap(weight_memory=450_000), context=32) as model:
         found = model.predict(engine.DiskCurve(), engine.Rates(), prompt_tokens=8)
     assert found.prompt_tokens == 8
     assert found.flash_bytes > 0
