@@ -30,7 +30,7 @@ def lowrank_tensors(store: Store, rank: int = RANK) -> list[PredictorTensor]:
         kept = min(rank, len(s))
         a[:kept], b[:, :kept] = v[:kept], u[:, :kept] * s[:kept]
         tensors.append(PredictorTensor.of(lowrank_role(i, "a.weight"), a, "f16"))
-        tensors.append(PredictorTensor.of(lowrank_role(i, "b.weight"), b, "int8"))
+        tensors.append(PredictorTensor.of(lowrank_role(i, "b.weight"), b, "int8g32"))
         tensors.append(PredictorTensor.of(lowrank_role(i, "b.bias"), bias))
     return tensors
 

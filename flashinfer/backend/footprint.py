@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from flashinfer.config import TILE_KEYS, TILE_NEURONS, TILE_ROWS, TILE_TOKENS
-from flashinfer.quant.int8 import BLOCK
+from flashinfer.quant.int8g32 import BLOCK
 from flashinfer.store.facts import Facts
 from flashinfer.store.geometry import round_up
 from flashinfer.units import MIB
@@ -41,8 +41,8 @@ def native_scores(heads: int, kv_heads: int, head_dim: int, context: int) -> int
 
 
 def torch_weights(widest: int, values: int, bundle: int) -> int:
-    """Scratch of one thread of torch: a tile of a matrix or of neurons in float32, its scales where it is int8, and the
-    bytes of a tile's bundles. `decide` stays within it: a tile of a matrix, from TILE_NEURONS bundles at a time."""
+    """Scratch of one thread of torch: a tile of a matrix or of neurons in float32, its scales where it is int8g32, and
+    the bytes of a tile's bundles. `decide` stays within it: a tile of a matrix, from TILE_NEURONS bundles at a time."""
     tile = max(TILE_ROWS * widest, TILE_NEURONS * values)
     scales = -(-tile // BLOCK) + TILE_ROWS
     return 4 * (tile + scales) + TILE_NEURONS * bundle

@@ -21,7 +21,7 @@ from flashinfer.quant import codec_named
 from flashinfer.store.facts import Activation
 from flashinfer.store.geometry import round_up
 
-CODECS = {"f32": 0, "f16": 1, "bf16": 2, "int8": 3}
+CODECS = {"f32": 0, "f16": 1, "bf16": 2, "int8g32": 3}
 ACTIVATIONS: dict[Activation, int] = {
     "relu": 0, "relu2": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4, "gelu_quick": 5
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashinfer.cli.generate import Device, Objective
 from flashinfer.cli.options import (
     DEFAULT_BACKEND,
     DEFAULT_PPL,
@@ -25,8 +25,9 @@ from flashinfer.cli.options import (
     set_log_level,
     usage_errors,
 )
+from flashinfer.cli.run_options import Device, Objective
 from flashinfer.config import TILE_TOKENS, CacheConfig, IoConfig, RunConfig
-from flashinfer.errors import CapTooSmallError
+from flashinfer.errors import CapTooSmallError, StoreError
 
 if TYPE_CHECKING:
     from flashinfer.bench.generate import Sample
@@ -55,7 +56,11 @@ def command(
     sweep: Annotated[bool, typer.Option("--sweep", help="Judge every calibrated level of the store, too.")] = False,
     against: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Compare with exact, certified or all. (default: exact, for approximations)"),
+        typer.Option(
+            metavar="NAME|STORE",
+            help="Compare with exact, certified or all, or with another STORE of the model, as packed in another type. "
+            "(default: exact, for approximations)",
+        ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text to use, from its start.")] = 4096,
     context: Annotated[
@@ -97,7 +102,8 @@ def command(
     set_log_level(log_level)
     cap = parse_cap(memory, weight_memory)
     worse = parse_predictor_options(RunConfig.predictor, max_ppl_increase)[1]
-    for name in (*(predictor or ()), *([against] if against else ())):
+    other = _other_store(against)
+    for name in (*(predictor or ()), *([against] if against and other is None else ())):
         parse_predictor_options(name, max_ppl_increase)
     if plot is not None and not decode_tokens:
         raise typer.BadParameter("--plot shows bytes per token: give --decode-tokens")
@@ -109,6 +115,7 @@ def command(
     from flashinfer.cli.progress import token_progress
     from flashinfer.store import open_store
     from flashinfer.text import load_tokenizer
+    from flashinfer.tune.candidates import Candidates
     from flashinfer.tune.evaluate import evaluate
     from flashinfer.tune.greedy import prompts_of
     from flashinfer.tune.judge import Setup, check_peak
@@ -117,7 +124,10 @@ def command(
 
     opened = open_store(store)
     tokenizer = load_tokenizer({name: opened.path_of(entry) for name, entry in opened.manifest.text.items()})
-    who = _candidates(opened, predictor or (), against, sweep, worse)
+    who = _candidates(opened, predictor or (), None if other else against, sweep, worse)
+    if other is not None:
+        _check_alike(opened, other)
+        who = Candidates("exact", who.names)
     protocol = _protocol(opened.manifest.facts, tokenizer, tokens, context, stride)
     if plot is not None:
         check_plot(plot)
@@ -126,10 +136,12 @@ def command(
     prompts = prompts_of(found.ids, protocol, greedy_tokens)
     setup = Setup(protocol, prompts, cap, run, device.value, BYTES if plot else 0)
     with token_progress() as progress:
-        judged = evaluate(opened, found.ids, who, setup, progress)
+        judged = evaluate(opened, found.ids, who, setup, progress, reference=other)
         prompt, script = stretch(found.ids, protocol, decode_tokens)
-        costs = _decode_costs(opened, [q.asked for q in judged], prompt, script, setup, rounds, progress)
-    rows = report(judged, costs, who.against, prompts.tokens)
+        runs = [(other if other is not None and n == 0 else opened, q.asked) for n, q in enumerate(judged)]
+        costs = _decode_costs(runs, prompt, script, setup, rounds, progress)
+    label = other.root.name if other is not None else who.against
+    rows = report(judged, costs, label, prompts.tokens)
     about = {
         "text": found.about(),
         "protocol": protocol.to_json() | {"tokens": protocol.scored(len(found.ids))},
@@ -140,7 +152,7 @@ def command(
     if as_json:
         from flashinfer.machine import peak_resident_bytes
 
-        head = {"schema_version": SCHEMA_VERSION, "command": "eval", "against": who.against}
+        head = {"schema_version": SCHEMA_VERSION, "command": "eval", "against": label}
         print(json.dumps(head | about | {"rows": rows, "peak_memory": peak_resident_bytes()}))
     else:
         from rich.console import Console
@@ -187,16 +199,34 @@ def _protocol(facts: Facts, tokenizer: Tokenizer, tokens: int, context: int | No
     return protocol
 
 
+def _other_store(against: str | None) -> Store | None:
+    """The store `against` names, None where it names a predictor."""
+    from flashinfer.store import open_store
+
+    if against is None or not (os.sep in against or Path(against).is_dir() or Path(against).suffix == ".flash"):
+        return None
+    return open_store(Path(against))
+
+
+def _check_alike(store: Store, other: Store) -> None:
+    """Raises StoreError where the two cannot be asked the same: another vocabulary, or a shorter context."""
+    ours, theirs = store.manifest.facts, other.manifest.facts
+    for name, what in (("vocab_size", "tokens in the vocabulary"), ("context_length", "tokens of context")):
+        a, b = getattr(ours, name), getattr(theirs, name)
+        if a != b:
+            raise StoreError(f"{store.root} has {a} {what}, {other.root} has {b}: they are not of one model")
+
+
 def _decode_costs(
-    store: Store, names: Sequence[str], prompt: Sequence[int], script: Sequence[int], setup: Setup, rounds: int,
+    runs: Sequence[tuple[Store, str]], prompt: Sequence[int], script: Sequence[int], setup: Setup, rounds: int,
     progress: Callable[[str, int, int], None],
 ) -> list[dict[str, Any] | None]:  # fmt: skip
     """What decoding the script reads and takes: medians, per token. Every predictor is run in each round."""
     if not script:
-        return [None] * len(names)
+        return [None] * len(runs)
     from flashinfer.bench.generate import Setting, run_setting, summary
 
-    def measured(name: str, chunk: int) -> Sample:
+    def measured(store: Store, name: str, chunk: int) -> Sample:
         setting, run = Setting("cached", setup.run.io.objective, name), replace(setup.run, prefill_chunk=chunk)
         gc.collect()  # what is left of the model before would count against this one
         try:
@@ -204,11 +234,11 @@ def _decode_costs(
         except CapTooSmallError:
             if chunk < 2 * TILE_TOKENS:
                 raise
-            return measured(name, chunk // 2)
+            return measured(store, name, chunk // 2)
 
-    samples: list[list[Sample]] = [[] for _ in names]
+    samples: list[list[Sample]] = [[] for _ in runs]
     for done in range(rounds):
         progress("decoding, rounds", done, rounds)
-        for name, kept in zip(names, samples, strict=True):
-            kept.append(measured(name, setup.run.prefill_chunk))
+        for (store, name), kept in zip(runs, samples, strict=True):
+            kept.append(measured(store, name, setup.run.prefill_chunk))
     return [summary(s) for s in samples]

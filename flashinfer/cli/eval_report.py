@@ -26,13 +26,15 @@ COLUMNS = (
 def report(
     judged: Sequence[Quality], costs: Sequence[Row | None], against: str | None, greedy_tokens: int
 ) -> list[Row]:
-    """One row of plain values for each predictor; what is not known is None. Shares are of 1, times in seconds."""
+    """One row of plain values for each predictor; what is not known is None. Shares are of 1, times in seconds.
+
+    against: what the first row, with which the others are compared, is called; None where nothing is compared."""
     base = judged[0].score.perplexity if against is not None else math.nan
     rows = []
     for n, (q, cost) in enumerate(zip(judged, costs, strict=True)):
         compared = against is not None and n > 0
         row = {
-            "predictor": q.name,
+            "predictor": against if against is not None and n == 0 else q.name,
             "kind": q.choice.kind,
             "approximation": q.choice.note or None,
             "perplexity": _finite(q.score.perplexity),

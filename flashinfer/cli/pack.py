@@ -3,41 +3,61 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 
-class Quant(StrEnum):
-    """The codecs of `flashinfer.quant`, named here so that `--help` needs no numpy."""
-
-    F32 = "f32"
-    F16 = "f16"
-    BF16 = "bf16"
-
-
 def command(
-    checkpoint: Annotated[Path, typer.Argument(help="Hugging Face directory with safetensors files.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Hugging Face directory (safetensors or .bin), or a .gguf file.")],
     store: Annotated[Path, typer.Argument(help="Directory to make.")],
     quant: Annotated[
-        Quant | None, typer.Option(help="Type of all matrices; by default each keeps its own.", show_default=False)
-    ] = None,
+        str | None,
+        typer.Option(
+            metavar="CODEC|KIND=CODEC,...",
+            show_default=False,
+            help="What matrices are packed as: nf4, int4, int8, f16, ... or ffn=nf4,attn=int8,head=f16; "
+            "by default each keeps its type.",
+        ),
+    ] = None,  # fmt: skip
     layout: Annotated[
         Path | None, typer.Option(help="Layout file; by default the one of the architecture.", show_default=False)
+    ] = None,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Pack NaN and infinity as they are, rather than refuse them.")
+    ] = False,
+    delta: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint of weight differences to add (Vicuna and the like).", show_default=False),
+    ] = None,
+    merge_adapter: Annotated[
+        Path | None, typer.Option(help="Directory of a LoRA adapter to merge, as peft saves it.", show_default=False)
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the store if there is one.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Rewrite a checkpoint as a weight store, in bounded memory."""
+    from flashinfer.cli.options import usage_errors
     from flashinfer.cli.progress import byte_progress
     from flashinfer.pack import pack
+    from flashinfer.pack.recipe import parse_recipe
     from flashinfer.units import format_size
+
+    with usage_errors("--quant"):
+        parse_recipe(quant)
 
     with byte_progress(f"packing {checkpoint.name}") as progress:
         report = pack(
-            checkpoint, store, quant=quant.value if quant else None, layout=layout, force=force, progress=progress
+            checkpoint,
+            store,
+            quant=quant,
+            layout=layout,
+            delta=delta,
+            merge_adapter=merge_adapter,
+            force=force,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
         )
     if as_json:
         fields = {"path": str(report.path), "family": report.family, "seconds": round(report.seconds, 3)}

@@ -25,7 +25,7 @@ class Engine:
     def scratch_bytes(self) -> int:
         """Bytes of activations and pointers kept between calls."""
     def linear(self, out: _Floats, first: int, x: _Floats, weights: _Bytes, codec: int, rows: int, cols: int) -> None:
-        """`out[:, first : first + rows] = x @ weights.T`; codec 0: f32, 1: f16, 2: bf16, 3: int8."""
+        """`out[:, first : first + rows] = x @ weights.T`; codec 0: f32, 1: f16, 2: bf16, 3: int8g32."""
     def decide(
         self,
         out: _Floats,

@@ -16,6 +16,7 @@ from flashinfer.config import COPY_CHUNK, STORE_ALIGNMENT
 from flashinfer.errors import CheckpointError
 from flashinfer.layout import Layout, find_layout, match_layout, read_layout
 from flashinfer.pack.plan import PackOptions, PackPlan, plan_pack
+from flashinfer.pack.recipe import Recipe, parse_recipe
 from flashinfer.pack.stream import layer_chunks, tensor_chunks
 from flashinfer.store.dense import write_dense
 from flashinfer.store.manifest import FileEntry, Manifest
@@ -43,23 +44,30 @@ def pack(
     *,
     quant: str | None = None,
     layout: str | Path | Layout | None = None,
+    delta: str | Path | None = None,
+    merge_adapter: str | Path | None = None,
     force: bool = False,
     decision: Literal["separate", "bundled"] = "separate",
     bundles_per_record: int | None = None,
     alignment: int = STORE_ALIGNMENT,
     permutation: Sequence[npt.ArrayLike] | None = None,
+    allow_nonfinite: bool = False,
     progress: Progress | None = None,
 ) -> PackReport:
-    """Compile the checkpoint directory into a weight store at `store`.
+    """Compile the checkpoint into a weight store at `store`.
 
     Peak memory is a constant (a few times `config.PACK_BLOCK`), whatever the model's size. An interrupted
     or failed call leaves nothing behind.
 
     Args:
-        checkpoint: a Hugging Face directory with safetensors files.
+        checkpoint: a Hugging Face directory with safetensors or PyTorch files, or a GGUF file (`docs/checkpoints.md`).
         store: the directory to make; its parent must exist.
-        quant: codec of all matrices (`f32`, `f16`, `bf16`); None keeps each tensor's own type.
+        quant: codecs of the matrices, as `recipe.parse_recipe` has it (`f16`, `nf4`, `ffn=nf4,attn=int8`); None keeps
+            each tensor's own type.
+        allow_nonfinite: pack NaN and infinity as they are; matrices of codes cannot hold them.
         layout: a layout file (or a read one); None finds it by the architecture.
+        delta: a checkpoint of differences that are added to it.
+        merge_adapter: a directory with a LoRA adapter that is merged into it.
         force: replace a store that is already there.
         decision: where the decision matrix goes (`docs/format.md`).
         bundles_per_record: None chooses it from bundle size and alignment.
@@ -74,12 +82,12 @@ def pack(
         DiskFullError: not enough room.
     """
     started = time.monotonic()
-    options = PackOptions(quant, decision, alignment, bundles_per_record, permutation)
-    source = open_checkpoint(checkpoint)
+    options = PackOptions(_recipe(quant), decision, alignment, bundles_per_record, permutation)
+    source = open_checkpoint(checkpoint, delta=delta, adapter=merge_adapter)
     try:
         plan = _plan(source, layout, options)
         with StoreWriter(Path(store), need=plan.need, force=force) as writer:
-            manifest = _write(source, plan, writer, Meter(plan.data_bytes, progress))
+            manifest = _write(source, plan, writer, Meter(plan.data_bytes, progress), allow_nonfinite)
             writer.commit(manifest)
     finally:
         source.close()
@@ -94,6 +102,13 @@ def pack(
     )
 
 
+def _recipe(quant: str | None) -> Recipe:
+    try:
+        return parse_recipe(quant)
+    except ValueError as e:
+        raise CheckpointError(str(e)) from e
+
+
 def _plan(source: Checkpoint, layout: str | Path | Layout | None, options: PackOptions) -> PackPlan:
     if layout is None:
         layout = find_layout(source.config, source.tensors)
@@ -103,19 +118,19 @@ def _plan(source: Checkpoint, layout: str | Path | Layout | None, options: PackO
     return plan_pack(source, match, options)
 
 
-def _write(source: Checkpoint, plan: PackPlan, writer: StoreWriter, meter: Meter) -> Manifest:
+def _write(source: Checkpoint, plan: PackPlan, writer: StoreWriter, meter: Meter, allow_nonfinite: bool) -> Manifest:
     """All data files; returns the manifest with their names and checksums."""
     draft, sources = plan.draft, plan.match.sources
 
     def dense_chunks(role: str) -> Iterator[memoryview]:
         if role in plan.orders:
             return meter([plan.orders[role].data.cast("B")])
-        return meter(tensor_chunks(source, sources[role], draft.tensors[role].codec))
+        return meter(tensor_chunks(source, sources[role], draft.tensors[role].codec, allow_nonfinite))
 
     def neuron_chunks(layer: int) -> Iterator[memoryview]:
         entry = draft.layers[layer]
         order = plan.orders[entry.permutation] if entry.permutation else None
-        return meter(layer_chunks(source, entry, order))
+        return meter(layer_chunks(source, entry, order, allow_nonfinite))
 
     with writer.create("dense", ".safetensors") as file:
         tensors = write_dense(file, plan.dense, dense_chunks)

@@ -14,6 +14,8 @@ from flashinfer.checkpoint import Checkpoint
 from flashinfer.config import FILE_ALIGNMENT
 from flashinfer.errors import CheckpointError
 from flashinfer.layout import Match
+from flashinfer.pack.recipe import Recipe
+from flashinfer.quant import PLAIN
 from flashinfer.store.dense import DensePlan, DenseTensor, plan_dense
 from flashinfer.store.facts import Facts
 from flashinfer.store.geometry import round_up
@@ -23,15 +25,15 @@ from flashinfer.store.roles import all_roles, bundle_parts, ffn_role, order_role
 
 Order = npt.NDArray[np.int32]
 
-WEIGHT_CODECS = ("f32", "f16", "bf16")
-"""What weights may be packed as; `int8` is for the sketches and factors that predictors add."""
+SOURCES = frozenset(c.name for c in PLAIN)
+"""Types of a checkpoint's tensors that can be packed."""
 
 
 @dataclass(frozen=True)
 class PackOptions:
     """How to pack; see `pack` for each."""
 
-    quant: str | None
+    quant: Recipe
     decision: Literal["separate", "bundled"]
     alignment: int
     bundles_per_record: int | None
@@ -61,7 +63,7 @@ class PackPlan:
 
 def plan_pack(source: Checkpoint, match: Match, options: PackOptions) -> PackPlan:
     """Decide codecs, geometry and places. Raises CheckpointError for an option or a dtype that cannot be."""
-    _check_options(options, match.facts)
+    _check_options(options, match)
     orders = _orders(options.permutation, match.facts)
     layers = _plan_layers(source, match, options, orders)
     bundled = {ffn_role(i, p.role) for i, layer in enumerate(layers) for p in layer.parts}
@@ -82,12 +84,11 @@ def plan_pack(source: Checkpoint, match: Match, options: PackOptions) -> PackPla
     return PackPlan(match, draft, dense, orders, sum(round_up(size, FILE_ALIGNMENT) for size in sizes))
 
 
-def _check_options(options: PackOptions, facts: Facts) -> None:
-    if options.quant is not None and options.quant not in WEIGHT_CODECS:
-        known = ", ".join(WEIGHT_CODECS)
-        raise CheckpointError(
-            f"quant {options.quant!r} is not known; choose {known}, or none to keep each tensor's type"
-        )
+def _check_options(options: PackOptions, match: Match) -> None:
+    facts = match.facts
+    matrices = [role for role, shape in role_shapes(facts).items() if len(shape) == 2 and role in match.sources]
+    if unused := options.quant.unused(matrices, facts):
+        raise CheckpointError(f"quant names {', '.join(unused)}, which fits no matrix of this model; take it out")
     a, count = options.alignment, options.bundles_per_record
     if not 512 <= a <= FILE_ALIGNMENT or a & (a - 1):
         raise CheckpointError(f"alignment {a} is not a power of two from 512 to {FILE_ALIGNMENT}")
@@ -110,14 +111,14 @@ def _orders(permutation: Sequence[npt.ArrayLike] | None, facts: Facts) -> dict[s
     return orders
 
 
-def _codec(source: Checkpoint, name: str, quant: str | None) -> str:
+def _codec(source: Checkpoint, name: str, asked: str | None) -> str:
     """Codec of a tensor: vectors are f32; matrices as asked, or as they are."""
     info = source.tensors[name]
-    if info.dtype not in WEIGHT_CODECS:
+    if info.dtype not in SOURCES:
         raise CheckpointError(
             f"tensor {name} is {info.dtype}; F32, F16 and BF16 can be packed: convert the checkpoint to one of them"
         )
-    return "f32" if len(info.shape) == 1 else quant or info.dtype
+    return "f32" if len(info.shape) == 1 else asked or info.dtype
 
 
 def _dense_tensors(
@@ -131,7 +132,9 @@ def _dense_tensors(
         if role in orders:
             tensors.append(DenseTensor(role, "i32", orders[role].shape, ""))
         elif name is not None and role not in bundled:
-            tensors.append(DenseTensor(role, _codec(source, name, options.quant), shapes[role], name))
+            tensors.append(
+                DenseTensor(role, _codec(source, name, options.quant.codec(role, match.facts)), shapes[role], name)
+            )
     return tensors
 
 
@@ -147,7 +150,7 @@ def _plan_layers(
             [
                 BundlePart(
                     cast(PartRole, role),
-                    _codec(source, name, options.quant),
+                    _codec(source, name, options.quant.codec(ffn_role(i, role), facts)),
                     1 if role.endswith(".bias") else facts.hidden_size,
                     name,
                 )

@@ -1,73 +1,31 @@
-"""Eight-bit integers with one scale for every 32 values of a row."""
+"""`int8`: eight-bit integers with one scale for a row, as the vector-wise quantisation of LLM.int8() has it
+(arXiv 2208.07339, 3.1).
+
+A row is the largest magnitude of its values, f32; 12 bytes of zeros; a signed byte for each column. A value is its
+integer times the scale, which is that largest times 1/127. Scales and integers are those of bitsandbytes
+(`int8_vectorwise_quant`), byte for byte: an integer is `x * (1 / largest * 127)`, each
+step in float32, rounded to nearest even.
+"""
 
 from __future__ import annotations
+
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-F32 = npt.NDArray[np.float32]
-Bytes = npt.NDArray[np.uint8]
+from flashinfer.quant.grouped import Grouped
+from flashinfer.quant.layout import Layout
 
-BLOCK = 32
-"""Values that share a scale."""
-LARGEST = 127
-_PIECE = 1 << 17
-"""Values encoded at once (a row at least): what is needed beside input and output stays in the processor's cache."""
+_TINY: Final = np.float32(1e-36)
+"""The least divisor: a 127th of it still has a finite reciprocal."""
+_INTEGERS: Final = np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32)
 
 
-class Int8:
-    """34 bytes for 32 values; matrices only.
-
-    A row is its scales, float16, little-endian, then its integers; both are whole blocks, the last one filled up with
-    zeros. A value is `integer * scale`, exact in float32. The scale is the least float16 that keeps all integers of
-    its block within -127 .. 127, so the error is at most half of it. Values up to 127 * 65504 fit; beyond that, and
-    for infinities and NaN, OverflowError.
-    """
-
-    name = "int8"
-
-    def row_bytes(self, elements: int) -> int:
-        """Of whole blocks: 34 for every 32 values or part of them."""
-        return (BLOCK + 2) * -(-elements // BLOCK)
-
-    def encode(self, rows: F32) -> Bytes:
-        """`[n, elements]` -> `[n, row_bytes]`. OverflowError as above."""
-        out = np.empty((len(rows), self.row_bytes(rows.shape[1])), dtype=np.uint8)
-        step = max(1, _PIECE // max(1, rows.shape[1]))
-        for i in range(0, len(rows), step):
-            _encode(rows[i : i + step], out[i : i + step])
-        return out
-
-    def decode(self, data: Bytes, elements: int | None = None) -> F32:
-        """`[n, row_bytes]` -> `[n, elements]`; whole blocks where `elements` is not given."""
-        blocks = data.shape[1] // (BLOCK + 2)
-        scales = np.ascontiguousarray(data[:, : 2 * blocks]).view("<f2").astype(np.float32)
-        integers = data[:, 2 * blocks :].view(np.int8).reshape(len(data), blocks, BLOCK)
-        values = np.multiply(integers, scales[:, :, None], dtype=np.float32)
-        return np.ascontiguousarray(values.reshape(len(data), blocks * BLOCK)[:, :elements])
+def _quantise(rows: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    largest = np.abs(rows).max(axis=1, keepdims=True, initial=0)
+    integers = np.rint(rows * (np.reciprocal(np.maximum(largest, _TINY)) * 127)).astype(np.int8)
+    return largest.astype("<f4", copy=False).view(np.uint8), integers.view(np.uint8)
 
 
-def _encode(rows: F32, out: Bytes) -> None:
-    """Encode a few rows. Writes `out`."""
-    count, elements = rows.shape
-    blocks = -(-elements // BLOCK)
-    padded = np.zeros((count, blocks * BLOCK), dtype=np.float32)
-    padded[:, :elements] = rows
-    # several times faster than `.max(axis=2)` over so short an axis
-    scales = _scales(np.maximum.reduceat(np.abs(padded), range(0, blocks * BLOCK, BLOCK), axis=1))
-    # in float64, where no quotient is rounded onto the middle between two integers
-    divisors = np.where(scales > 0, scales, np.float16(1)).astype(np.float64)
-    integers = np.rint(padded.reshape(count, blocks, BLOCK) / divisors[:, :, None]).astype(np.int8)
-    out[:, : 2 * blocks] = scales.astype("<f2", copy=False).view(np.uint8)
-    out[:, 2 * blocks :] = integers.view(np.uint8).reshape(count, blocks * BLOCK)
-
-
-def _scales(largest: F32) -> npt.NDArray[np.float16]:
-    """The least float16 with `127 * scale >= largest`. OverflowError where there is none."""
-    with np.errstate(over="ignore"):
-        scales = (largest.astype(np.float64) / LARGEST).astype(np.float16)
-        low = LARGEST * scales.astype(np.float32) < largest  # exact: 7 bits times 11
-        scales = np.where(low, np.nextafter(scales, np.float16(np.inf)), scales)
-    if not np.isfinite(scales).all():
-        raise OverflowError(f"a value lies beyond {LARGEST} * 65504, the range of int8, or is no number; use f32")
-    return scales
+INT8: Final = Grouped("int8", Layout(8, None, _INTEGERS, "f32", unit=float(np.float32(1 / 127))), _quantise)

@@ -149,7 +149,7 @@ def _check_sketch(m: Manifest, i: int, need: Need) -> None:
     need(bias == (weight and biased), f"layer {i}: a sketch has a copy of the decision's bias, where that has one")
     if weight:
         codec = m.tensors[sketch_role(i, "weight")].codec
-        need(codec == "int8", f"tensor {sketch_role(i, 'weight')} has codec {codec}, int8 was expected")
+        need(codec == "int8g32", f"tensor {sketch_role(i, 'weight')} has codec {codec}, int8g32 was expected")
 
 
 def _check_tensor(m: Manifest, role: str, t: TensorEntry, need: Need) -> None:

@@ -9,7 +9,7 @@ import msgspec
 from flashinfer.store.facts import Facts
 
 FORMAT = "flashinfer-store"
-VERSION = 2
+VERSION = 3
 MANIFEST_NAME = "manifest.json"
 NO_HASH = "0" * 32
 """Stands in a draft for a checksum that is not known yet; of the same length, so that sizes are exact."""

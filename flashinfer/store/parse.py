@@ -1,8 +1,9 @@
-"""From the bytes of a manifest to a checked `Manifest`, whoever wrote them."""
+"""From the bytes of a manifest to a checked `Manifest`, whoever wrote them, and in which version."""
 
 from __future__ import annotations
 
 import msgspec
+from msgspec.structs import replace
 
 from flashinfer.errors import StoreError
 from flashinfer.store.check import check_manifest
@@ -11,6 +12,8 @@ from flashinfer.store.manifest import FORMAT, VERSION, Manifest
 
 def decode_manifest(data: bytes, where: str) -> Manifest:
     """Parse and check a manifest; `where` names its file in errors.
+
+    Codecs have the names of this version, whatever that of the manifest, which is kept.
 
     Raises:
         StoreError: not a manifest, of a newer version, an unknown key, or inconsistent.
@@ -32,5 +35,13 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
         manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
         raise StoreError(f"{where}: {e}; the store is damaged or hand-edited: pack it again") from e
+    if version < 3:
+        manifest = _with_codec_names_of_3(manifest)
     check_manifest(manifest, where)
     return manifest
+
+
+def _with_codec_names_of_3(m: Manifest) -> Manifest:
+    """What is `int8g32` from version 3 on was called `int8` before; only predictors had it."""
+    renamed = {role: replace(t, codec="int8g32") for role, t in m.tensors.items() if t.codec == "int8"}
+    return replace(m, tensors=m.tensors | renamed)

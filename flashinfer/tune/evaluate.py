@@ -20,27 +20,32 @@ Progress = Callable[[str, int, int], None]
 """Told of the predictor that is run, tokens done, and tokens to do with it."""
 
 
-def evaluate(store: Store, ids: Ids, who: Candidates, setup: Setup, progress: Progress) -> list[Quality]:
+def evaluate(
+    store: Store, ids: Ids, who: Candidates, setup: Setup, progress: Progress, *, reference: Store | None = None
+) -> list[Quality]:
     """Judge the reference, if there is one, then each of the others, one after the other.
+
+    reference: the store that `who.against` is run on; None is the same one. With another nobody's recall is known.
 
     Raises:
         CapTooSmallError, CapExceededError: see `judge`.
         DiskFullError: no room for what the others are held against. Else what `Model` raises.
     """
-    for name in who.names:
-        check_floor(store, name, setup)
+    base = reference or store
+    for at, name in [*([(base, who.against)] if who.against is not None else ()), *((store, n) for n in who.others)]:
+        check_floor(at, name, setup)
     if who.against is None:
         return [judge(store, ids, name, setup, progress=partial(progress, name)) for name in who.others]
     with ExitStack() as files:
         distributions = files.enter_context(Distributions(store, setup.protocol.scored(len(ids))))
         inputs = None
-        if any(map(approximates, who.others)):
+        if reference is None and any(map(approximates, who.others)):
             inputs = files.enter_context(Inputs(store, setup.protocol.run(len(ids))))
-        first, reference = judge_reference(
-            store, ids, who.against, setup, distributions, inputs, progress=partial(progress, who.against)
+        first, held = judge_reference(
+            base, ids, who.against, setup, distributions, inputs, progress=partial(progress, who.against)
         )
         others = [
-            judge(store, ids, name, setup, progress=partial(progress, name), reference=reference) for name in who.others
+            judge(store, ids, name, setup, progress=partial(progress, name), reference=held) for name in who.others
         ]
         return [first, *(others if inputs is None else with_recall(store, inputs, others, setup.run.backend))]
 

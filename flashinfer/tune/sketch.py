@@ -31,12 +31,12 @@ _UNIT = 2.0**-24
 _PIECE = 1 << 18
 """Values sketched at once: small enough for the processor's cache, in float64, too."""
 _LARGEST = 127 * 65504.0
-"""The range of int8; what lies beyond is cut off, and the slack knows."""
+"""The range of int8g32; what lies beyond is cut off, and the slack knows."""
 
 
 def sketch_rows(rows: F32) -> tuple[Bytes, F32]:
-    """Finite rows `[n, hidden]` -> their int8 encoding `[n, bytes]` and their slack `[n]`, as the module says."""
-    codec = codec_named("int8")
+    """Finite rows `[n, hidden]` -> their int8g32 encoding `[n, bytes]` and their slack `[n]`, as the module says."""
+    codec = codec_named("int8g32")
     encoded = codec.encode(np.clip(rows, -_LARGEST, _LARGEST))
     hidden = rows.shape[1]
     true = rows.astype(np.float64)
@@ -153,7 +153,7 @@ def _layer_tensors(store: Store, layer: int) -> list[PredictorTensor]:
             yield encoded.data.cast("B")
 
     found = [
-        PredictorTensor(sketch_role(layer, "weight"), "int8", (neurons, hidden), weights),
+        PredictorTensor(sketch_role(layer, "weight"), "int8g32", (neurons, hidden), weights),
         PredictorTensor(sketch_role(layer, "slack"), "f32", (neurons,), lambda: [slack.data.cast("B")]),
     ]
     role = f"{facts.decision}.bias"

@@ -12,7 +12,7 @@ from flashinfer.config import TILE_NEURONS
 from tests.backend.reference import activated, attended, encoded, normed, unaligned
 
 TOKENS = [1, 16, 48]
-CODECS = ["f32", "f16", "bf16", "int8"]
+CODECS = ["f32", "f16", "bf16", "int8g32"]
 
 
 def normal(seed: int, *shape: int) -> Any:
@@ -165,10 +165,10 @@ class BackendConformance:
 
     @pytest.mark.parametrize("cols", [1, 16, 31, 32, 33, 48, 63, 511, 512, 545])
     @pytest.mark.parametrize("tokens", TOKENS)
-    def test_int8_has_the_bits_of_the_decoded_matrix(self, backend: Backend, cols: int, tokens: int) -> None:
-        raw, values = encoded(normal(5, 139, cols), "int8")
+    def test_int8g32_has_the_bits_of_the_decoded_matrix(self, backend: Backend, cols: int, tokens: int) -> None:
+        raw, values = encoded(normal(5, 139, cols), "int8g32")
         x, results = backend.place(normal(6, tokens, cols)), []
-        for codec, data in (("int8", raw), ("f32", values.astype(np.float32).view(np.uint8))):
+        for codec, data in (("int8g32", raw), ("f32", values.astype(np.float32).view(np.uint8))):
             out = backend.zeros(tokens, 139)
             backend.linear(out, 0, x, backend.matrix(data.reshape(-1), codec, 139, cols, keep=False))
             results.append(backend.fetch(out))

@@ -231,11 +231,11 @@ def test_every_scale_and_integer_is_read_exactly(backends) -> None:
     raw = np.zeros((len(scales), 34), np.uint8)
     raw[:, :2] = scales[:, None].view(np.uint8)
     raw[:, 2] = np.arange(len(scales)) % 256
-    expected = codec_named("int8").decode(raw, 1)[:, 0]
+    expected = codec_named("int8g32").decode(raw, 1)[:, 0]
     for backend in backends:
         out = backend.zeros(1, len(raw))
         one = np.ones((1, 1), np.float32)
-        backend.linear(out, 0, one, backend.matrix(raw.reshape(-1), "int8", len(raw), 1, keep=False))
+        backend.linear(out, 0, one, backend.matrix(raw.reshape(-1), "int8g32", len(raw), 1, keep=False))
         assert np.array_equal(out[0], expected)
 
 
@@ -304,7 +304,7 @@ def test_bad_copies_are_refused() -> None:
 
 
 def test_bad_decisions_are_refused() -> None:
-    layer, index = Layer("int8", 3, 40, gated=True, bias=True, decision=True), tiles_of(3)
+    layer, index = Layer("int8g32", 3, 40, gated=True, bias=True, decision=True), tiles_of(3)
     backend, x = NativeBackend(1), normal(1, 1, 40)
     gate, offsets, size = backend.zeros(1, 3), layer.offsets(index), layer.bundle.bytes
     decide = backend._engine.decide

@@ -24,9 +24,9 @@ def test_for_people(bundled, capsys):
     assert main(["inspect", str(bundled.root)]) == 0
     lines = capsys.readouterr().out.splitlines()
     found = {line[:20].strip(): line[21:] for line in lines}
-    assert "(version 2, by flashinfer-offload" in found["store"]
+    assert "(version 3, by flashinfer-offload" in found["store"]
     assert "decision matrix up in the bundles" in found["layers 0-1"]
-    assert found["predictor certified"] == "1.72 KiB in 2 layers (int8)"
+    assert found["predictor certified"] == "1.72 KiB in 2 layers (int8g32)"
     assert found["predictor low-rank"] == "4.79 KiB in 2 layers (rank 32, f16)"
     assert found["predictor threshold"] == "168 B in 2 layers"
     assert found["calibration"] == ("1000 tokens, 200 held out; neurons a token needs: exact 25.0 %, low-rank 50.0 %")
@@ -39,7 +39,7 @@ def test_json(bundled, capsys):
     assert main(["inspect", str(bundled.root), "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     m, calibration = bundled.manifest, calibration_for()
-    assert summary["store_version"] == 2
+    assert summary["store_version"] == 3
     assert {layer["decision"] for layer in summary["layers"]} == {"bundled"}
     assert sum(p["bytes"] for p in summary["predictors"].values()) == m.predictor_bytes()
     assert {name: p["ranks"] for name, p in summary["predictors"].items()} == {

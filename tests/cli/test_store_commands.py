@@ -8,9 +8,6 @@ from pathlib import Path
 import pytest
 
 from flashinfer.cli import main
-from flashinfer.cli.pack import Quant
-from flashinfer.pack.plan import WEIGHT_CODECS
-from flashinfer.quant import CODECS
 from flashinfer.store import open_store
 from tests.plain_checkpoint import OPT, write_checkpoint
 from tests.store_contents import manifest_of
@@ -35,9 +32,13 @@ def damage(store: Path) -> None:
     path.write_bytes(data)
 
 
-def test_quant_choices_are_the_codecs_of_weights():
-    assert {q.value for q in Quant} == set(WEIGHT_CODECS)
-    assert set(CODECS) >= set(WEIGHT_CODECS)
+@pytest.mark.parametrize("quant", ["nope", "ffn", "ffn=nope", "nf4,int8", "what=int8", ""])
+def test_a_quant_that_is_none(checkpoint, tmp_path, capsys, quant):
+    assert main(["pack", str(checkpoint), str(tmp_path / "s"), "--quant", quant]) == 2
+    err = capsys.readouterr().err
+    assert "--quant" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "s").exists()
 
 
 def test_pack(checkpoint, tmp_path, capsys):

@@ -235,8 +235,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"quant": "int3"}, "quant 'int3' is not known; choose f32, f16, bf16"),
-            ({"quant": "int8"}, "quant 'int8' is not known; choose f32, f16, bf16"),
+            ({"quant": "int3"}, "codec 'int3' is not known; choose one of f32, f16"),
             ({"alignment": 100}, "alignment 100"),
             ({"alignment": 8192}, "alignment 8192"),
             ({"bundles_per_record": 0}, "bundles per record 0"),

@@ -48,7 +48,7 @@ def add_sketches(weights: Weights) -> None:
     for role in GATES:
         values = weights.matrices[f"{role}.weight"][0].astype(np.float16).astype(np.float32)
         sketch = role.replace("gate", "sketch")
-        weights.matrices[f"{sketch}.weight"] = values, "int8"
+        weights.matrices[f"{sketch}.weight"] = values, "int8g32"
         weights.vectors[f"{sketch}.slack"] = sketch_rows(values)[1]
         weights.vectors[f"{sketch}.bias"] = weights.vectors[f"{role}.bias"]
 
@@ -80,7 +80,7 @@ class TestLowRank(PredictorConformance):
         for role in GATES:
             factors = role.replace("gate", "lowrank")
             weights.matrices[f"{factors}.a.weight"] = np.eye(HIDDEN, dtype=np.float32), "f32"
-            weights.matrices[f"{factors}.b.weight"] = weights.matrices[f"{role}.weight"][0], "int8"
+            weights.matrices[f"{factors}.b.weight"] = weights.matrices[f"{role}.weight"][0], "int8g32"
             weights.vectors[f"{factors}.b.bias"] = weights.vectors[f"{role}.bias"]
         return LowRank(weights.view(), [role.replace("gate", "lowrank") for role in GATES], [self.shift] * LAYERS)
 
@@ -132,7 +132,7 @@ def test_who_is_left_out_does_not_fire_whatever_the_order_of_the_sum(
     backend = open_backend("cpu", 1)
     raw, slack = sketch_rows(rows)
     out = backend.zeros(1, len(rows))
-    matrix = backend.matrix(raw.reshape(-1), "int8", *rows.shape, keep=False)
+    matrix = backend.matrix(raw.reshape(-1), "int8g32", *rows.shape, keep=False)
     backend.linear(out, 0, backend.place(x[None]), matrix)
     named = may_fire(backend.fetch(out)[0], x, slack, None)
     backend.close()

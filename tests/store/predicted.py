@@ -31,7 +31,7 @@ def tensors_for(m: Manifest, *, codec: str = "f16") -> list[PredictorTensor]:
         ]
         if layer.decision == "bundled":
             sketch = values(i + 4, f.intermediate_size, f.hidden_size)
-            found.append(PredictorTensor.of(sketch_role(i, "weight"), sketch, "int8"))
+            found.append(PredictorTensor.of(sketch_role(i, "weight"), sketch, "int8g32"))
             found.append(PredictorTensor.of(sketch_role(i, "slack"), np.abs(values(i + 5, f.intermediate_size))))
             if any(p.role == f"{f.decision}.bias" for p in layer.parts):
                 found.append(PredictorTensor.of(sketch_role(i, "bias"), values(i + 6, f.intermediate_size)))

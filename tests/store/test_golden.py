@@ -1,6 +1,6 @@
 """The writer, held to docs/format.md byte by byte. After a deliberate change of the format:
 
-python -m tests.store.test_golden        # rewrites tests/store/golden/v2, to be looked at before it is committed
+python -m tests.store.test_golden        # rewrites tests/store/golden/v3, to be looked at before it is committed
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
 
 
 PREDICTED = {"llama-predicted": "llama-bundled", "opt-predicted": "opt-bundled", "opt-low-rank": "opt-f16"}
-"""Cases of version 2 that have predictors and a calibration, each made from another case."""
+"""Cases that have predictors and a calibration, each made from another case."""
 
 
 def make(case: str, folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -62,14 +62,14 @@ def assert_files(store: Path, golden: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", sorted([*CASES, *PREDICTED]))
 def test_bytes_are_those_of_the_golden_manifest(case, tmp_path):
     store, manifest = make(case, tmp_path)
-    golden = json.loads((GOLDEN / "v2" / f"{case}.json").read_text())
+    golden = json.loads((GOLDEN / "v3" / f"{case}.json").read_text())
     assert manifest == golden
     assert_files(store, golden)
 
 
 @pytest.mark.parametrize("case", sorted(CASES))
 def test_version_1_is_still_read(case, tmp_path):
-    """Its data files are those of version 2, its manifest is the one a program of then wrote: it was never changed."""
+    """Its data files are those of version 3, its manifest is the one a program of then wrote: it was never changed."""
     store, new = make(case, tmp_path)
     text = (GOLDEN / "v1" / f"{case}.json").read_text()
     old = json.loads(text)
@@ -84,11 +84,25 @@ def test_version_1_is_still_read(case, tmp_path):
     assert all(np.array_equal(opened.read_tensor(role), values) for role, values in expected.items())
 
 
+@pytest.mark.parametrize("case", sorted([*CASES, *PREDICTED]))
+def test_version_2_is_still_read(case, tmp_path):
+    """Its files are those of version 3; what it calls int8 is int8g32."""
+    store, new = make(case, tmp_path)
+    text = (GOLDEN / "v2" / f"{case}.json").read_text()
+    assert ('"int8"' in text) == ('"int8g32"' in json.dumps(new))
+    expected = open_store(store)
+    (store / "manifest.json").write_text(text)
+    assert_files(store, json.loads(text))
+    opened = open_store(store)
+    assert opened.manifest == msgspec.structs.replace(expected.manifest, version=2, generator="golden")
+    assert all(np.array_equal(opened.read_tensor(role), expected.read_tensor(role)) for role in new["tensors"])
+
+
 def test_a_changed_store_has_the_version_of_who_changed_it(tmp_path):
     store, _ = make("opt-bundled", tmp_path)
     (store / "manifest.json").write_text((GOLDEN / "v1" / "opt-bundled.json").read_text())
     add_predictors(open_store(store))
-    assert manifest_of(store) == json.loads((GOLDEN / "v2" / "opt-predicted.json").read_text())
+    assert manifest_of(store) == json.loads((GOLDEN / "v3" / "opt-predicted.json").read_text())
 
 
 def test_manifest_is_canonical_json(tmp_path):
@@ -100,8 +114,8 @@ def test_manifest_is_canonical_json(tmp_path):
 
 
 if __name__ == "__main__":
-    (GOLDEN / "v2").mkdir(parents=True, exist_ok=True)
+    (GOLDEN / "v3").mkdir(parents=True, exist_ok=True)
     for case in [*CASES, *PREDICTED]:
         with tempfile.TemporaryDirectory() as folder:
             golden = make(case, Path(folder))[1]
-            (GOLDEN / "v2" / f"{case}.json").write_text(json.dumps(golden, indent=2) + "\n")
+            (GOLDEN / "v3" / f"{case}.json").write_text(json.dumps(golden, indent=2) + "\n")

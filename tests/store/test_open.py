@@ -36,7 +36,7 @@ def same_file_twice(m: dict[str, Any]) -> None:
 
 
 FORGED: dict[str, tuple[Forge, str]] = {
-    "newer version": (put("version", 3), "version 3; this program reads up to 2: upgrade"),
+    "newer version": (put("version", 4), "version 4; this program reads up to 3: upgrade"),
     "version zero": (put("version", 0), "a positive integer"),
     "version text": (put("version", "1"), "a positive integer"),
     "version true": (put("version", True), "a positive integer"),

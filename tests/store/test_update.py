@@ -21,7 +21,7 @@ def test_a_change(store):
     opened = open_store(store)
     before, manifest = names(store), change(opened)
     after = open_store(store)
-    assert after.manifest == msgspec.structs.replace(manifest, version=2)
+    assert after.manifest == msgspec.structs.replace(manifest, version=3)
     assert (names(store), is_sound(store)) == (expected_names(manifest), True)
     assert before - names(store) == {opened.manifest.text[TEXT].name}
     assert after.read_range(after.manifest.text[TEXT], 0, 2) == b"{}"

@@ -92,7 +92,7 @@ def test_without_a_bias_and_without_inputs() -> None:
         closed_form(blocks(rows), bias, blocks(inputs[:0]), 8, hidden=HIDDEN)
 
 
-@pytest.mark.parametrize(("codec", "share"), [("f32", 0), ("f16", 2**-11), ("int8", 1 / 254)])
+@pytest.mark.parametrize(("codec", "share"), [("f32", 0), ("f16", 2**-11), ("int8g32", 1 / 254)])
 def test_stored_factors_are_what_a_store_gives_back(codec: str, share: float) -> None:
     rows, bias, inputs = layer()
     factors = closed_form(blocks(rows), bias, blocks(inputs), 20, hidden=HIDDEN)

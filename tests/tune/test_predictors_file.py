@@ -95,7 +95,7 @@ def test_sketches_of_a_store(tmp_path, blocks, family, arranged):
     for layer, matrix in enumerate(matrices):
         encoded, slack = sketch_rows(matrix)
         at = f"layers.{layer}.ffn.sketch"
-        assert (opened.read_tensor(f"{at}.weight") == codec_named("int8").decode(encoded, HIDDEN)).all()
+        assert (opened.read_tensor(f"{at}.weight") == codec_named("int8g32").decode(encoded, HIDDEN)).all()
         assert (opened.read_tensor(f"{at}.slack") == slack).all()
         assert (f"{at}.bias" in opened.manifest.tensors) == (biases is not None)
         if biases is not None:
@@ -123,7 +123,7 @@ def test_tensors_go_in_the_order_of_use_whatever_the_order_given(tmp_path):
         PredictorTensor.of(f"layers.{i}.ffn.lowrank.{part}", np.full(shape, i + 0.5, np.float32), codec)
         for i in range(2)
         for part, shape, codec in (("b.bias", (NEURONS,), "f32"), ("b.weight", (NEURONS, 32), "bf16"),
-                                   ("a.weight", (32, HIDDEN), "int8"))
+                                   ("a.weight", (32, HIDDEN), "int8g32"))
     ]  # fmt: skip
     turned: Callable[[list[PredictorTensor]], list[PredictorTensor]] = lambda tensors: tensors[::-1]  # noqa: E731
     written = []

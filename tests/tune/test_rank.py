@@ -11,7 +11,7 @@ from flashinfer.quant import codec_named
 from flashinfer.tune.rank import LADDER, Need, allocate, estimate, factor_bytes, ladder, next_rank, smallest
 
 
-@pytest.mark.parametrize("codec", ["f32", "f16", "int8"])
+@pytest.mark.parametrize("codec", ["f32", "f16", "int8g32"])
 @pytest.mark.parametrize(("hidden", "neurons", "rank"), [(192, 1536, 64), (100, 70, 32)])
 def test_bytes_are_those_of_the_encoded_factors(codec: str, hidden: int, neurons: int, rank: int) -> None:
     encode = codec_named(codec).encode

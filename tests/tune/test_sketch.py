@@ -82,7 +82,7 @@ def rows_and_tokens(draw: st.DrawFn) -> tuple[F32, F32]:
         kind = draw(st.sampled_from(["any", "any", "error", "alternating", "row"]))
         x = drawn(hidden)
         if kind == "error":
-            error = rows[0] - codec_named("int8").decode(sketch_rows(rows[:1])[0], hidden)[0].astype(np.float64)
+            error = rows[0] - codec_named("int8g32").decode(sketch_rows(rows[:1])[0], hidden)[0].astype(np.float64)
             x = error / max(1e-300, np.abs(error).max()) * 2.0 ** draw(exponents)
         elif kind == "alternating":
             x = np.where(np.arange(hidden) % 2, 1.0, -1.0) * 2.0 ** draw(exponents)
@@ -96,7 +96,7 @@ def rows_and_tokens(draw: st.DrawFn) -> tuple[F32, F32]:
 def test_the_bound_is_never_violated(made):
     rows, x = made
     encoded, slack = sketch_rows(rows)
-    decoded = codec_named("int8").decode(encoded, rows.shape[1])
+    decoded = codec_named("int8g32").decode(encoded, rows.shape[1])
     with np.errstate(all="ignore"):
         for product in all_sums(decoded, x):
             bias = np.where(np.isfinite(product), largest_bias(product, x, slack), np.float32(-3e38))
@@ -110,7 +110,7 @@ def test_the_test_finds_a_slack_that_is_too_small():
     """Half the slack is violated: the bound is used to the full."""
     rows = np.random.default_rng(0).standard_normal((8, 48)).astype(np.float32)
     encoded, slack = sketch_rows(rows)
-    decoded = codec_named("int8").decode(encoded, 48)
+    decoded = codec_named("int8g32").decode(encoded, 48)
     x = rows[0] - decoded[0]
     product = one_by_one(decoded * x)
     bias = largest_bias(product, x, slack / 2)
@@ -121,7 +121,7 @@ def test_products_that_are_lost_below_the_smallest_number():
     """Each is rounded up to twice its size: only the absolute term covers that."""
     rows, x = np.full((1, 32), 1.02 * 2.0**-80, np.float32), np.full(32, 2.0**-70, np.float32)
     encoded, slack = sketch_rows(rows)
-    product, true = (one_by_one(r * x) for r in (codec_named("int8").decode(encoded, 32), rows))
+    product, true = (one_by_one(r * x) for r in (codec_named("int8g32").decode(encoded, 32), rows))
     bias = np.full(1, -17 * 2.0**-149, np.float32)
     assert slack * np.sqrt(np.square(x, dtype=np.float64).sum()) + product + bias <= 0 < true + bias
     assert not silent(product, x, slack, bias)
@@ -134,14 +134,14 @@ def test_what_is_no_number_may_fire(value):
     x = np.full(32, -1, np.float32)
     x[5] = value
     with np.errstate(all="ignore"):
-        product = codec_named("int8").decode(encoded, 32) @ x
+        product = codec_named("int8g32").decode(encoded, 32) @ x
         assert not silent(product, x, slack, np.zeros(3, np.float32)).any()
 
 
 def test_slack_is_above_the_error_and_close_to_it():
     rows = np.random.default_rng(1).standard_normal((50, 4096)).astype(np.float32)
     encoded, slack = sketch_rows(rows)
-    error = rows.astype(np.float64) - codec_named("int8").decode(encoded, 4096)
+    error = rows.astype(np.float64) - codec_named("int8g32").decode(encoded, 4096)
     norms = np.sqrt((error**2).sum(axis=1))
     lengths = np.sqrt((rows.astype(np.float64) ** 2).sum(axis=1))
     assert slack.dtype == np.float32
