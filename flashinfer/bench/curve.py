@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
-from flashinfer.bench.io import BATCH, Combination, Result, fit_curve, measure
+from flashinfer.bench.io import BATCH, measure
+from flashinfer.bench.io_figures import Combination, Result, fit_curve
 from flashinfer.bench.known import KnownDisk
 from flashinfer.config import DiskCurve, IoConfig
 from flashinfer.units import KIB, MIB

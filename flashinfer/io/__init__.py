@@ -43,23 +43,25 @@ __all__ = [
 ]
 
 
-def open_reader(paths: Sequence[Path], config: IoConfig, *, direct: bool = True) -> Reader:
+def open_reader(
+    paths: Sequence[Path], config: IoConfig, *, direct: bool = True, timed: bool = False
+) -> ThreadReader | UringReader:
     """The reader for these files on this machine; its `note` says how it reads, and why not with io_uring.
 
-    Without `direct`, reads go through the page cache.
+    Without `direct`, reads go through the page cache. `timed`: how long each read took can be asked for.
 
     Raises:
         StoreError: a file cannot be opened.
         PlatformError: on Windows, or io_uring was asked for by name and there is none.
     """
     if config.reader == "threads":
-        return ThreadReader(paths, threads=config.threads, direct=direct)
+        return ThreadReader(paths, threads=config.threads, direct=direct, timed=timed)
     try:
-        return UringReader(paths, depth=config.depth, direct=direct)
+        return UringReader(paths, depth=config.depth, direct=direct, timed=timed)
     except PlatformError as error:
         if config.reader == "io_uring":
             raise PlatformError(f"no io_uring here: {error}; read with threads") from error
         why = error
-    reader = ThreadReader(paths, threads=config.threads, direct=direct)
+    reader = ThreadReader(paths, threads=config.threads, direct=direct, timed=timed)
     reader.note += f"; not with io_uring: {why}"
     return reader

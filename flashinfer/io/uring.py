@@ -34,6 +34,7 @@ class UringReader:
         paths: the files, numbered by their place here.
         depth: reads in flight at most.
         direct: try to bypass the page cache; False reads through it and drops the pages afterwards.
+        timed: keep how long each read took, for `take_seconds`.
 
     Raises:
         ValueError: `depth` is out of range.
@@ -41,15 +42,16 @@ class UringReader:
         PlatformError: there is no io_uring here; the message says why not.
     """
 
-    def __init__(self, paths: Sequence[Path], *, depth: int, direct: bool = True) -> None:
+    def __init__(self, paths: Sequence[Path], *, depth: int, direct: bool = True, timed: bool = False) -> None:
         try:
             from flashinfer.native import _ring
         except ImportError as error:
             raise PlatformError("the native core is not built") from error
         files = open_files(paths, direct=direct)
         try:
-            self._ring = _ring.Ring([(f.fd, f.alignment, f.refusal is not None) for f in files], depth)
+            self._ring = _ring.Ring([(f.fd, f.alignment, f.refusal is not None) for f in files], depth, timed)
             _try(self._ring, files)
+            self._ring.take_seconds()
         except BaseException as error:
             for file in files:
                 file.close()
@@ -74,6 +76,11 @@ class UringReader:
         batch = self._ring.submit(file, extents.offsets, extents.lengths, extents.targets, target)
         self.stats.count(extents)
         return UringPending(self._ring, batch, path, extents, self.stats)
+
+    def take_seconds(self) -> list[float]:
+        """Of each read that went well since the last call, where the reader is timed: seconds from when it was handed
+        to the kernel until its end was seen, by whoever then called `submit` or `wait`. In order of the ends."""
+        return self._ring.take_seconds()
 
     def close(self) -> None:
         """As `Reader.close`."""

@@ -11,7 +11,7 @@ class Batch:
 class Ring:
     """An io_uring for a fixed set of files `(descriptor, alignment, forget)`, which stay the caller's.
 
-    With `forget`, what was read is dropped from the page cache. Thread safe. Holds each target until its batch
+    With `forget`, what was read is dropped from the page cache; `timed`: see `take_seconds`. Thread safe. Holds each target until its batch
     has ended; deleting the ring waits for that.
 
     Raises:
@@ -22,7 +22,7 @@ class Ring:
     registered: bool
     """The kernel holds the files open itself, which saves it a look-up per read."""
 
-    def __init__(self, files: Sequence[tuple[int, int, bool]], depth: int) -> None: ...
+    def __init__(self, files: Sequence[tuple[int, int, bool]], depth: int, timed: bool = False) -> None: ...
     def submit(
         self,
         file: int,
@@ -39,6 +39,10 @@ class Ring:
 
     def close(self) -> None:
         """Wait for what is in flight and give the ring back. Idempotent."""
+
+    def take_seconds(self) -> list[float]:
+        """Of each read that went well since the last call, in a ring that is timed: seconds from when it was handed to
+        the kernel until its end was seen, in order of the ends."""
 
     def fault(self, file: int, offset: int, result: int, times: int = 1) -> None:
         """For tests: the next `times` reads (-1: all) of the file that start at `offset` (-1: anywhere) end with

@@ -20,10 +20,14 @@ bool worth_another_try(std::int64_t result) {
   return result == -EINTR || result == -EAGAIN || result == -ECANCELED;
 }
 
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
 } // namespace
 
-Ring::Ring(std::vector<File> files, unsigned depth)
-    : n_files(files.size()), files_(std::move(files)), depth_(depth), pid_(getpid()) {
+Ring::Ring(std::vector<File> files, unsigned depth, bool timed)
+    : n_files(files.size()), files_(std::move(files)), depth_(depth), timed_(timed), pid_(getpid()) {
   if (depth < 1 || depth > MAX_DEPTH)
     throw std::invalid_argument("the number of reads in flight must be from 1 to " + std::to_string(MAX_DEPTH));
   kernel_.emplace(depth);
@@ -113,6 +117,11 @@ std::vector<void *> Ring::take_ended() {
   return std::exchange(ended_, {});
 }
 
+std::vector<double> Ring::take_seconds() {
+  const std::lock_guard lock(mutex_);
+  return std::exchange(seconds_, {});
+}
+
 void Ring::fault(std::size_t file, std::int64_t offset, std::int64_t result, int times) {
   const std::lock_guard lock(mutex_);
   faults_[{file, offset}] = {result, times};
@@ -150,6 +159,8 @@ void Ring::push_waiting() {
 }
 
 void Ring::push(Read &read) {
+  if (timed_ && !read.started)
+    read.started = now();
   const std::size_t file = read.batch->file;
   abi::Sqe request{};
   request.opcode = abi::OP_READ;
@@ -179,6 +190,8 @@ void Ring::complete(Read &read, std::int64_t result) {
   read.tries = 0;
   if (resume < read.length)
     return again(read);
+  if (timed_)
+    seconds_.push_back(now() - read.started);
   if (file.forget)
     posix_fadvise(file.fd, read.offset, read.length, POSIX_FADV_DONTNEED);
   end(*read.batch, 1);

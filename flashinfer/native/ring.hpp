@@ -24,6 +24,7 @@ struct Read {
   std::int64_t offset, length, done;
   std::uint8_t *target;
   int tries;
+  double started; // where the ring is timed: when it was first pushed, in seconds of a steady clock
 };
 
 // What one submit asked for. Belongs to the ring until it has ended, then to whoever holds it.
@@ -49,7 +50,7 @@ struct File {
 class Ring {
 public:
   // Throws std::system_error where the kernel refuses, std::invalid_argument for a depth out of range.
-  Ring(std::vector<File> files, unsigned depth);
+  Ring(std::vector<File> files, unsigned depth, bool timed);
   ~Ring(); // waits for what is in flight
 
   // Throws std::invalid_argument when closed, or in a child of the process that made the ring.
@@ -63,6 +64,10 @@ public:
 
   // The `keep` of batches that ended since the last call.
   std::vector<void *> take_ended();
+
+  // Of each read that went well since the last call, in a ring that is timed: seconds from when it was handed to the
+  // kernel until its end was seen here.
+  std::vector<double> take_seconds();
 
   // For tests: reads of `file` that start at `offset` (or anywhere: -1) end so, the next `times` times
   // (or always: -1): a negative errno, or at most so many bytes.
@@ -90,6 +95,7 @@ private:
 
   std::vector<File> files_;
   const unsigned depth_;
+  const bool timed_;
   const int pid_;
   std::optional<KernelRing> kernel_;
   std::mutex mutex_;
@@ -100,6 +106,7 @@ private:
   std::deque<Batch *> waiting_; // those with reads that were never pushed
   std::deque<Read *> again_;    // to be continued, or tried again
   std::vector<void *> ended_;
+  std::vector<double> seconds_;
   std::map<std::pair<std::size_t, std::int64_t>, Fault> faults_;
 };
 

@@ -51,11 +51,12 @@ template <typename Step> void until_done(Ring &ring, Step &&step) {
   }
 }
 
-void make(Ring *place, const std::vector<std::tuple<int, std::int64_t, bool>> &files, unsigned depth) {
+void make(Ring *place, const std::vector<std::tuple<int, std::int64_t, bool>> &files, unsigned depth,
+          bool timed) {
   std::vector<File> all;
   for (const auto &[fd, alignment, forget] : files)
     all.push_back({fd, alignment, forget});
-  new (place) Ring(std::move(all), depth);
+  new (place) Ring(std::move(all), depth, timed);
 }
 
 std::shared_ptr<Batch> submit(Ring &ring, std::size_t file, const Column &offsets, const Column &lengths,
@@ -74,7 +75,7 @@ std::shared_ptr<Batch> submit(Ring &ring, std::size_t file, const Column &offset
     const std::int64_t length = lengths(i), place = places(i);
     if (offsets(i) < 0 || length < 1 || place < 0 || length > size || place > size - length)
       throw nb::value_error("an extent does not fit the file or the target");
-    batch->reads.push_back({batch.get(), offsets(i), length, 0, address + place, 0});
+    batch->reads.push_back({batch.get(), offsets(i), length, 0, address + place, 0, 0.0});
   }
   batch->keep = target.ptr();
   target.inc_ref(); // until the batch has ended, whatever becomes of those who wait for it
@@ -113,10 +114,11 @@ NB_MODULE(_ring, m) {
   nb::register_exception_translator(translate);
   nb::class_<Batch>(m, "Batch");
   nb::class_<Ring>(m, "Ring")
-      .def("__init__", &make, "files"_a, "depth"_a)
+      .def("__init__", &make, "files"_a, "depth"_a, "timed"_a = false)
       .def_ro("registered", &Ring::registered)
       .def("submit", &submit, "file"_a, "offsets"_a, "lengths"_a, "targets"_a, "target"_a)
       .def("wait", &wait, "batch"_a)
       .def("close", [](Ring &ring) { until_done(ring, [&] { return ring.close(); }); })
+      .def("take_seconds", &Ring::take_seconds, nb::call_guard<nb::gil_scoped_release>())
       .def("fault", &Ring::fault, "file"_a, "offset"_a, "result"_a, "times"_a = 1);
 }

@@ -13,6 +13,7 @@ from flashinfer.units import MIB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INCHES = (7.0, 4.6)
 DOTS = 150
@@ -66,6 +67,11 @@ def draw(path: Path, points: Sequence[Point], title: str) -> None:
     axes.set_ylabel("added to the perplexity (%)")
     axes.set_title(title, fontsize="medium")
     axes.legend(frameon=False)
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure to a file. Raises PlotError: it cannot be written."""
     try:
         figure.savefig(path)
     except OSError as e:

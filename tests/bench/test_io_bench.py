@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from flashinfer.bench import io
-from flashinfer.bench.io import Combination, Result, all_combinations, file_to_read, fit_curve, measure
+from flashinfer.bench.io import all_combinations, measure
+from flashinfer.bench.io_figures import Combination, Result, Slice, fit_curve, summary
+from flashinfer.bench.io_file import file_to_read
 from flashinfer.bench.place import place_of
 from flashinfer.cli import main
 from flashinfer.errors import DiskFullError, PlatformError, StoreError
@@ -25,6 +28,7 @@ def test_every_combination_is_measured_in_every_round(tmp_path: Path) -> None:
         measured = measure(file, combinations, seconds=0.002, rounds=2, progress=said.append)
     assert [r.combination for r in measured.results] == combinations
     assert all(r.rounds == 2 and 0 < r.low <= r.mb_per_s <= r.high for r in measured.results)
+    assert all(0 < r.p50_s <= r.p99_s and r.fio is None for r in measured.results)
     assert len(said) == 1 + 2 * len(combinations)
     assert measured.note
 
@@ -71,7 +75,7 @@ def test_a_chunk_that_cannot_be_read_is_refused(tmp_path: Path, chunk: int) -> N
 def test_the_fit_finds_the_curve_it_was_made_from() -> None:
     def result(chunk: int, threads: int) -> Result:
         seconds = 10e-6 + chunk / 2e9
-        return Result(Combination("random", chunk, threads), 0, 0, 0, 1 / seconds, 0, 1)
+        return summary(Combination("random", chunk, threads), [Slice(chunk, 1, seconds, 0, seconds, seconds)])
 
     curve = fit_curve([result(chunk, 16) for chunk in io.CHUNKS] + [result(4096, 1)], 16)
     assert curve is not None
@@ -87,7 +91,8 @@ def test_place_names_something(tmp_path: Path) -> None:
     assert place.device
 
 
-QUICK = ["--file-size", "1MiB", "--seconds", "0.01", "--rounds", "1", "--chunk", "4KiB", "--chunk", "64KiB"]
+ALONE = ["--file-size", "1MiB", "--seconds", "0.01", "--rounds", "1", "--no-fio"]
+QUICK = [*ALONE, "--chunk", "4KiB", "--chunk", "64KiB"]
 
 
 def test_the_command_prints_one_json_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,8 +108,33 @@ def test_the_command_prints_one_json_object(tmp_path: Path, capsys: pytest.Captu
         "mb_per_s",
         "low",
         "high",
+        "p50_s",
+        "p99_s",
         "cpu_s_per_gb",
     }
+    assert said["fio"] is said["results"][0]["fio"] is None
+
+
+@pytest.mark.parametrize("pattern", ["random", "sequential"])
+def test_one_pattern_alone(tmp_path: Path, pattern: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "io", str(tmp_path), *QUICK, "--threads", "2", "--pattern", pattern, "--json"]) == 0
+    assert [row["pattern"] for row in json.loads(capsys.readouterr().out)["results"]] == [pattern] * 2
+
+
+def test_the_plot_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    png = tmp_path / "speed.png"
+    assert main(["bench", "io", str(tmp_path), *QUICK, "--threads", "2", "--plot", str(png)]) == 0
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_that_cannot_be_is_said_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(io, "measure", lambda *_, **__: pytest.fail("measured"))
+    assert main(["bench", "io", str(tmp_path), *QUICK, "--plot", str(tmp_path / "speed.png")]) == 1
+    assert "needs matplotlib" in capsys.readouterr().err
 
 
 def test_readers_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,7 +167,10 @@ def test_the_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "device:" in out
 
 
-@pytest.mark.parametrize("wrong", [["--chunk", "much"], ["--chunk", "2MiB"], ["--threads", "0"], ["--reader", "aio"]])
+@pytest.mark.parametrize(
+    "wrong",
+    [["--chunk", "much"], ["--chunk", "2MiB"], ["--threads", "0"], ["--reader", "aio"], ["--pattern", "zigzag"]],
+)
 def test_wrong_usage(tmp_path: Path, wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "io", str(tmp_path), "--file-size", "1MiB", *wrong]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1

@@ -10,7 +10,7 @@ from flashinfer import machine
 from flashinfer.backend import open_backend
 from flashinfer.bench import checkup, place
 from flashinfer.bench.curve import curve_of, measure_curve
-from flashinfer.bench.io import Combination, Result
+from flashinfer.bench.io_figures import Combination, Result, Slice, summary
 from flashinfer.bench.known import ENOUGH, Known, KnownDisk, cache_file, load_known, remember
 from flashinfer.bench.place import Place, place_of
 from flashinfer.bench.rates import measure_rates
@@ -72,7 +72,7 @@ def test_a_curve_is_measured_on_a_file(tmp_path: Path) -> None:
 
 def test_the_curve_is_the_one_the_figures_were_made_from() -> None:
     def result(chunk: int, threads: int, seconds: float) -> Result:
-        return Result(Combination("random", chunk, threads), 0, 0, 0, 1 / seconds, 0, 1)
+        return summary(Combination("random", chunk, threads), [Slice(chunk, 1, seconds, 0, seconds, seconds)])
 
     chunks = (4 * KIB, 64 * KIB, MIB)
     many = [result(c, 16, 10e-6 + c / 2e9) for c in chunks]
