@@ -15,7 +15,7 @@ from flashinfer.backend import Buffer, open_backend
 from flashinfer.choice import Choice
 from flashinfer.config import Cap, DiskCurve, Rates, RunConfig
 from flashinfer.errors import CapExceededError, FlashInferError, PromptError, SessionError, StoreError
-from flashinfer.io import Reader, open_reader
+from flashinfer.io import Reader, ReaderFactory, open_reader
 from flashinfer.ledger import Ledger
 from flashinfer.memory import Mode, conditions_of
 from flashinfer.model.decoder import Decoder
@@ -60,15 +60,15 @@ class Session:
         self._kv = []
 
 
-def _open_files(at: Path | str | Store, run: RunConfig) -> tuple[Store, Reader]:
+def _open_files(at: Path | str | Store, opened: ReaderFactory) -> tuple[Store, Reader]:
     """The store and its files; once more from the start where it was changed between its manifest and its files."""
     store = at if isinstance(at, Store) else open_store(Path(at))
     try:
-        return store, open_reader(files_of(store), run.io)
+        return store, opened(files_of(store))
     except StoreError:
         if isinstance(at, Store) or (again := open_store(Path(at))).manifest == store.manifest:
             raise
-        return again, open_reader(files_of(again), run.io)
+        return again, opened(files_of(again))
 
 
 class Model:
@@ -104,11 +104,12 @@ class Model:
         device: str = "cpu",
         mode: Mode = "cached",
         trace: Trace | None = None,
+        reader_of: ReaderFactory | None = None,
     ) -> Model:
         """Open a store, resolve the plan and load what stays resident.
 
         Without a cap the process may grow to what the machine can spare. What happens from now on is shown in the
-        `trace`, which stays the caller's.
+        `trace`, which stays the caller's. `reader_of` opens the files, where `run.io` does not say it all.
 
         Raises:
             StoreError, StoreReadError, CapTooSmallError, DeviceError, PromptError (context beyond the model's),
@@ -116,7 +117,7 @@ class Model:
         """
         run = run or RunConfig()
         machine.return_freed_memory()
-        store, reader = _open_files(store, run)
+        store, reader = _open_files(store, reader_of or (lambda paths: open_reader(paths, run.io)))
         try:
             backend = open_backend(device, threads_for(store.manifest, run), run.backend)
         except BaseException:

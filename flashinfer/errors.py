@@ -12,12 +12,15 @@
     ├── CapTooLargeError       the memory cap lies above what this process may use; `.usable` says it
     ├── CapExceededError       the process grew past the cap it promised to keep (our bug; never hidden)
     ├── PromptError            the prompt is empty or does not fit the context
+    ├── ChatTemplateError      there is no chat template, or it cannot be used
     ├── TextError              the text to learn or to judge from cannot be used
     ├── PlotError              a plot cannot be drawn or written
     ├── SessionError           a session file is damaged, or belongs to another store
     ├── TraceError             a trace file cannot be written
     ├── RecordingError         a recording of activations cannot be written, or is damaged
     ├── DeviceError            the asked compute device is not there
+    ├── CgroupError            a measurement needs a memory cgroup, and none can be made
+    ├── PeerError              what a comparison runs against cannot be prepared
     └── PlatformError          this operating system is not supported
 
 A message says what, where, what was expected and what to do next, in one line.
@@ -105,6 +108,10 @@ class PromptError(FlashInferError):
     """The prompt is empty, or longer than the context."""
 
 
+class ChatTemplateError(FlashInferError):
+    """There is no chat template, it refuses the messages, or it does what a template must not."""
+
+
 class TextError(FlashInferError):
     """The text for `calibrate` or `eval` cannot be read, is empty, no UTF-8, or shorter than a window."""
 
@@ -127,6 +134,14 @@ class RecordingError(FlashInferError):
 
 class DeviceError(FlashInferError):
     """The compute device asked for is not available."""
+
+
+class CgroupError(FlashInferError):
+    """No memory cgroup can be made here: not Linux, or no permission."""
+
+
+class PeerError(FlashInferError):
+    """A model cannot be converted for another program to run, or nothing is left to compare."""
 
 
 class PlatformError(FlashInferError):

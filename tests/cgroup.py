@@ -16,7 +16,8 @@ from typing import IO
 
 import pytest
 
-from benchmarks.peers.cgroup import Group, NoCgroupError, Pressure, fresh_group
+from flashinfer.bench.cgroup import Group, Pressure, fresh_group
+from flashinfer.errors import CgroupError
 
 _SAMPLING_SECONDS = 0.005
 _PATIENCE = 120.0
@@ -130,7 +131,7 @@ def _group(limit: int) -> Iterator[Group | _Alone]:
     with contextlib.ExitStack() as stack:
         try:
             group: Group | _Alone = stack.enter_context(fresh_group(limit))
-        except NoCgroupError:
+        except CgroupError:
             if not Path("/proc/self/status").exists():
                 pytest.skip("no memory cgroup can be made, and the system does not say what a process takes")
             group = _Alone()

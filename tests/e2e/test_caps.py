@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 import flashinfer
-from benchmarks.peers import cgroup
-from benchmarks.peers.cgroup import Pressure
+from flashinfer.bench import cgroup
+from flashinfer.bench.cgroup import Pressure
 from flashinfer.units import MIB
 from tests.cgroup import Limited, drop_page_cache, run_limited
 from tests.e2e.program import ENVIRONMENT, PROMPT, assert_failed, command, flashinfer_with

@@ -1,4 +1,4 @@
-"""Contender: llama.cpp on a mapped GGUF file, through llama-cpp-python; needs neither flashinfer nor torch."""
+"""llama.cpp on a mapped GGUF file, through llama-cpp-python."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from . import report
 
 
 def main() -> None:
+    """One run, reported on stdout."""
     job = report.job()
 
     def load() -> report.Step:
@@ -29,7 +30,7 @@ def main() -> None:
         return step
 
     report.run(load, job)
-    report.tell("end", version=llama_cpp.__version__)
+    report.end(llama_cpp.__version__)
 
 
 if __name__ == "__main__":

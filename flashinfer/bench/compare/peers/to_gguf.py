@@ -1,6 +1,6 @@
 """A llama-shaped Hugging Face checkpoint in f16 as a GGUF file for llama.cpp, one tensor in memory at a time.
 
-    PYTHON benchmarks/peers/to_gguf.py CHECKPOINT OUT.gguf       # PYTHON: one with the `gguf` package
+    python -m peers.to_gguf CHECKPOINT OUT.gguf
 
 Matrices stay f16, norms become f32; rows of q and k are put in the order of llama.cpp's rotary layout. The vocabulary
 is made up (bytes, begin, end, numbered words): tokens are forced by id, no text is split.
@@ -126,6 +126,4 @@ def convert(root: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        raise SystemExit(__doc__)
     convert(Path(sys.argv[1]), Path(sys.argv[2]))

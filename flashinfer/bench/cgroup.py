@@ -11,16 +11,14 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
+from flashinfer.errors import CgroupError
+
 V1 = Path("/sys/fs/cgroup/memory")
 V2 = Path("/sys/fs/cgroup")
 ENTER = 'echo $$ > "$0" && exec "$@"'
 """A shell that moves itself into the cgroup before the command begins, so that all of it is charged."""
 SAMPLING_SECONDS = 0.02
 _NUMBERS = itertools.count()
-
-
-class NoCgroupError(Exception):
-    """No memory cgroup can be made here; says why."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +112,8 @@ class Group:
 
 
 @contextlib.contextmanager
-def fresh_group(limit: int) -> Iterator[Group]:
-    """A new cgroup of `limit` bytes, removed at the end. Raises NoCgroupError."""
+def fresh_group(limit: int | None) -> Iterator[Group]:
+    """A new cgroup of `limit` bytes (None: without a limit), removed at the end. Raises CgroupError."""
     group = _make(f"flashinfer-{os.getpid()}-{next(_NUMBERS)}", limit)
     try:
         yield group
@@ -123,7 +121,7 @@ def fresh_group(limit: int) -> Iterator[Group]:
         _remove(group.path)
 
 
-def _make(name: str, limit: int) -> Group:
+def _make(name: str, limit: int | None) -> Group:
     """A new cgroup that takes the limit, below one that may be written to: this process's own, its parent, or the
     root."""
     tried = []
@@ -137,13 +135,14 @@ def _make(name: str, limit: int) -> Group:
             tried.append(f"{parent}: {e.strerror}")
             continue
         try:
-            group.limit(limit)
+            if limit is not None:
+                group.limit(limit)
         except OSError as e:
             tried.append(f"{group.path} takes no limit: {e.strerror}")
             _remove(group.path)
             continue
         return group
-    raise NoCgroupError(f"no memory cgroup can be made ({'; '.join(tried) or 'there are none here'})")
+    raise CgroupError(f"no memory cgroup can be made here ({'; '.join(tried) or 'there are none'}); try as root")
 
 
 def _parents() -> Iterator[tuple[int, Path]]:

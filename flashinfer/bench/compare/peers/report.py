@@ -1,11 +1,12 @@
 """What every contender does, whatever computes: load, prompt, forced tokens; one JSON line on stdout for each step.
 
-Standard library and numpy only: it also runs where flashinfer is not installed.
+Standard library and numpy only: it also runs where flashinfer is not installed. Ours reports in the same way.
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ Step = Callable[[Sequence[int]], npt.NDArray[np.float32]]
 
 
 def job() -> dict[str, Any]:
-    """What `contest.py` asks for: the one argument of the command line."""
+    """What `contest` asks for: the one argument of the command line."""
     return dict(json.loads(sys.argv[1]))
 
 
@@ -35,24 +36,41 @@ def ask(at: str) -> dict[str, Any]:
     return dict(json.loads(sys.stdin.readline()))
 
 
-def device_bytes() -> int:
-    """Bytes the kernel fetched from storage for this process so far: direct reads, and page faults of a mapping."""
-    lines = Path("/proc/self/io").read_text().splitlines()
+def device_bytes() -> int | None:
+    """Bytes the kernel fetched from storage for this process so far: direct reads, and page faults of a mapping. None
+    where it does not say."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return None
     return int(next(line.split()[1] for line in lines if line.startswith("read_bytes:")))
 
 
+def peak_resident() -> int:
+    """The most this process was ever resident, in bytes; pages of mapped files are among them."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 def run(load: Callable[[], Step], wanted: dict[str, Any], between: Callable[[int], None] = lambda _: None) -> None:
-    """Load, process the prompt, replay the script token by token; `between` runs before each token, untimed."""
+    """Load, process the prompt, replay the script token by token; `between` runs before each token, untimed. The
+    logits after the prompt and after every token, `[tokens + 1, vocab]`, go to a file."""
     started = time.perf_counter()
     step = load()
-    tell("loaded", seconds=time.perf_counter() - started, device_bytes=device_bytes())
+    tell("loaded", seconds=time.perf_counter() - started)
     started = time.perf_counter()
     logits = [step(wanted["prompt"]).copy()]
-    tell("prompt", seconds=time.perf_counter() - started, device_bytes=device_bytes())
+    tell("prompt", seconds=time.perf_counter() - started)
     for n, token in enumerate(wanted["script"]):
         between(n)
         before, started = device_bytes(), time.perf_counter()
         out = step([token])
-        tell("token", seconds=time.perf_counter() - started, device_bytes=device_bytes() - before)
+        seconds, after = time.perf_counter() - started, device_bytes()
+        tell("token", seconds=seconds, device_bytes=None if before is None or after is None else after - before)
         logits.append(out.copy())
     np.save(wanted["logits"], np.stack(logits))
+
+
+def end(version: str, **facts: Any) -> None:
+    """The last line."""
+    tell("end", version=version, peak_resident=peak_resident(), **facts)

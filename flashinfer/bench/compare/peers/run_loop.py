@@ -1,4 +1,4 @@
-"""Contender: the plain loop of `naive.py`; needs torch only."""
+"""The plain loop of `loop.py`; needs torch only."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from pathlib import Path
 import torch
 
 from . import report
-from .naive import Naive
+from .loop import Loop
 
 
 def main() -> None:
+    """One run, reported on stdout."""
     job = report.job()
     torch.set_num_threads(job["threads"])
 
     def load() -> report.Step:
-        model = Naive(Path(job["model"]), job["context"])
+        model = Loop(Path(job["model"]), job["context"])
         return lambda tokens: model.step(tokens).numpy()
 
     report.run(load, job)
-    report.tell("end", version=torch.__version__)
+    report.end(torch.__version__)
 
 
 if __name__ == "__main__":

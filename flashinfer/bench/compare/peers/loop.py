@@ -57,7 +57,7 @@ class Checkpoint:
                 if name == "__metadata__":
                     continue
                 if entry["dtype"] != "F16":
-                    raise SystemExit(f"{name} is {entry['dtype']}; the naive loop takes f16 checkpoints")
+                    raise SystemExit(f"{name} is {entry['dtype']}; the plain loop takes f16 checkpoints")
                 start, end = (8 + length + at for at in entry["data_offsets"])
                 if len(entry["shape"]) == 2:
                     self.matrices[name] = Matrix(fd, start, *entry["shape"])
@@ -121,7 +121,7 @@ def _read(fd: int, buffer: mmap.mmap, target: int, length: int, offset: int) -> 
             raise OSError("the checkpoint ends too early")
 
 
-class Naive:
+class Loop:
     """A llama-shaped model; `step` appends tokens and gives the logits after the last of them."""
 
     def __init__(self, root: Path, context: int) -> None:
