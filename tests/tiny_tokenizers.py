@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,18 @@ def tiny_gpt2(folder: Path, **config: Any) -> dict[str, Path]:
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(settings | config))
     return {"vocab.json": Path(vocab), "merges.txt": Path(merges), path.name: path}
+
+
+def tiny_tiktoken(folder: Path, *, tokens: int = 400) -> dict[str, Path]:
+    """A `tokenizer.model` of tiktoken: every byte, then pairs and triples of the corpus, the frequent ones first."""
+    data = "\n".join(CORPUS).encode()
+    pairs = Counter(data[i : i + 2] for i in range(len(data) - 1))
+    triples = Counter(data[i : i + 3] for i in range(len(data) - 2) if data[i : i + 2] in pairs)
+    ranks = [bytes([b]) for b in range(256)]
+    ranks += [token for token, _ in (*pairs.most_common(), *triples.most_common())]
+    path = folder / "tokenizer.model"
+    path.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(ranks[:tokens])))
+    return {path.name: path}
 
 
 def _byte_level_bpe(specials: list[str]) -> tokenizers.Tokenizer:

@@ -28,9 +28,10 @@ COMMANDS: Final = {
     "verify": "Check every checksum of a weight store.",
     "plan": "Say where each byte of a memory cap goes, and how fast that will be.",
     "generate": "Continue a prompt under a memory cap.",
+    "chat": "Hold a conversation under a memory cap.",
     "calibrate": "Learn from a text which neurons fire, and write predictors into a store.",
     "eval": "Measure perplexity, and what predictors cost in quality.",
-    "bench": "Measure the disk, generation and the cache.",
+    "bench": "Measure the disk, generation and the cache; compare with other programs.",
     "doctor": "Look at this machine and at the place of a store.",
 }
 """Name and short help of every command, in the order of `--help`."""

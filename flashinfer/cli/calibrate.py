@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from flashinfer.cli.generate import Device
 from flashinfer.cli.options import (
     DEFAULT_BACKEND,
     DEFAULT_PPL,
@@ -20,6 +19,7 @@ from flashinfer.cli.options import (
     set_log_level,
     usage_errors,
 )
+from flashinfer.cli.run_options import Device
 from flashinfer.config import RunConfig
 
 if TYPE_CHECKING:

@@ -6,13 +6,13 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
-from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flashinfer.cli.generate_report import basis_of, place_note, report, summary
 from flashinfer.cli.options import (
     DEFAULT_BACKEND,
     DEFAULT_KV,
@@ -27,38 +27,34 @@ from flashinfer.cli.options import (
     parse_cap,
     parse_predictor_options,
     set_log_level,
-    usage_errors,
 )
-from flashinfer.config import DEFAULT_NEW_TOKENS, CacheConfig, IoConfig, RunConfig
-from flashinfer.errors import FlashInferError, PromptError
+from flashinfer.cli.run_options import (
+    DEFAULT_OBJECTIVE,
+    DEFAULT_THREADS,
+    DEFAULT_WINDOW,
+    Device,
+    DeviceOption,
+    MinPOption,
+    ObjectiveOption,
+    PenaltyOption,
+    SeedOption,
+    StopOption,
+    SystemOption,
+    TemperatureOption,
+    TemplateOption,
+    ThreadsOption,
+    TopKOption,
+    TopPOption,
+    WindowOption,
+    check_text_options,
+)
+from flashinfer.config import DEFAULT_NEW_TOKENS, RunConfig
+from flashinfer.errors import PromptError
 from flashinfer.trace import Trace
-from flashinfer.units import format_size
 
 if TYPE_CHECKING:
-    from flashinfer.bench.basis import Basis
     from flashinfer.generate import Generation, Stream, TextModel
-    from flashinfer.speed import Prediction
-    from flashinfer.text import Tokenizer
-
-SCHEMA_VERSION = 1
-"""Of the object `--json` prints."""
-
-
-class Objective(StrEnum):
-    """What the planner minimises."""
-
-    TIME = "time"
-    BYTES = "bytes"
-
-
-class Device(StrEnum):
-    """Where arithmetic runs."""
-
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-_OBJECTIVE = Objective(IoConfig.objective)
+    from flashinfer.text import Tokenizer, TurnEnd
 
 
 def command(
@@ -77,25 +73,26 @@ def command(
         int | None,
         typer.Option(min=1, help="Tokens of prompt and continuation together. (default: what the prompt and -n need)"),
     ] = None,
-    window: Annotated[
-        int, typer.Option(min=0, help="Tokens whose neurons the cache tries to keep.")
-    ] = CacheConfig.window,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw among the K most probable tokens; 0 is off.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw among the most probable tokens that sum to P.")] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Draw among tokens at least P times as probable as the best.")
-    ] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 avoids tokens seen before.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
-    io_objective: Annotated[Objective, typer.Option(help="time: fastest; bytes: fewest bytes read.")] = _OBJECTIVE,
-    threads: Annotated[int, typer.Option(min=0, help="Compute threads; 0 is all cores.")] = RunConfig.threads,
+    window: WindowOption = DEFAULT_WINDOW,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repetition_penalty: PenaltyOption = None,
+    seed: SeedOption = None,
+    stop: StopOption = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a user's message; the chat template is applied to it.")
+    ] = False,
+    system: SystemOption = None,
+    chat_template: TemplateOption = None,
+    io_objective: ObjectiveOption = DEFAULT_OBJECTIVE,
+    threads: ThreadsOption = DEFAULT_THREADS,
     backend: BackendOption = DEFAULT_BACKEND,
     predictor: PredictorOption = RunConfig.predictor,
     max_ppl_increase: MaxPplOption = DEFAULT_PPL,
     kv_type: KvOption = DEFAULT_KV,
-    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.CPU,
+    device: DeviceOption = Device.CPU,
     session: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep the conversation in FILE; continue it where FILE exists.")
     ] = None,
@@ -119,7 +116,8 @@ def command(
     """Continue a prompt under a memory cap; the text goes to stdout, a summary to stderr.
 
     The prompt comes from -p, -f or stdin. Sampling options not given come from the checkpoint's
-    generation_config.json; naming --temperature, --top-k, --top-p or --min-p asks for sampling.
+    generation_config.json; naming --temperature, --top-k, --top-p or --min-p asks for sampling. With --chat the
+    answer ends where the model ends its turn; `flashinfer chat` holds a conversation.
     """
     set_log_level(log_level)
     sampling: dict[str, Any] = {
@@ -127,35 +125,48 @@ def command(
         "repetition_penalty": repetition_penalty, "seed": seed,
     }  # fmt: skip
     stops = stop or []
-    _check_options(sampling, stops)
+    check_text_options(sampling, stops)
+    _check_chat_options(chat, system, chat_template, session)
     files = [path for path in (trace, session, record) if path is not None]
     if len(set(files)) < len(files):
         raise typer.BadParameter("--trace, --session and --record-activations each need a file of their own")
     cap, (predictor, worse) = parse_cap(memory, weight_memory), parse_predictor_options(predictor, max_ppl_increase)
     resumed = session is not None and session.exists()
     text = read_prompt(prompt, file, optional=resumed)
-    from flashinfer.generate import load, load_conversation, store_id
+    from flashinfer.generate import chat_template_of, load, load_conversation, store_id
     from flashinfer.store import open_store
+    from flashinfer.text import ChatFormat, TurnEnd, opening
 
     past = load_conversation(session, store_id(open_store(store).manifest)).tokens if session and resumed else ()
+    template = chat_template_of(store, chat_template) if chat else None
+
+    @cache  # once: a chat template is rendered in a process of its own
+    def asked(tokenizer: Tokenizer) -> tuple[str | list[int], TurnEnd]:
+        if template is None:
+            return text, TurnEnd()
+        form = ChatFormat(template, tokenizer)
+        return form.prompts([*opening(system), {"role": "user", "content": text}])[0], form.turn_end()
 
     def room(tokenizer: Tokenizer) -> int:
-        return len(past) + len(tokenizer.encode(text)) + max_new_tokens
+        prompt, _ = asked(tokenizer)
+        return len(past) + len(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt) + max_new_tokens
 
     with Trace(trace) if trace else nullcontext() as timeline, load(
         store, memory=cap.memory, weight_memory=cap.weight_memory, context=context or room, window=window,
         io_objective=io_objective.value, threads=threads, device=device.value, backend=backend.value,
         predictor=predictor, max_ppl_increase=worse, kv_type=kv_type.value, trace=timeline,
     ) as model, _recording(record, store, model):  # fmt: skip
+        start, end = asked(model.tokenizer)
         stream = model.stream(
-            text, max_new_tokens=max_new_tokens, stop=stops, session=session, context_shift=context_shift, **sampling
-        )
+            start, max_new_tokens=max_new_tokens, stop=[*stops, *end.texts], end_tokens=end.tokens, session=session,
+            context_shift=context_shift, **sampling,
+        )  # fmt: skip
         result = _drain(stream) if as_json else _print_pieces(stream)
-        basis = _basis(store, RunConfig(backend=backend.value, threads=threads))
+        basis = basis_of(store, RunConfig(backend=backend.value, threads=threads))
         predicted = model.predict(basis.disk, basis.rates, prompt_tokens=len(result.prompt_tokens))
         if as_json:
-            print(json.dumps(_report(model, result, predicted, basis), ensure_ascii=False))
-        print(summary(model, result, predicted, basis) + _place_note(store), file=sys.stderr)
+            print(json.dumps(report(model, result, predicted, basis), ensure_ascii=False))
+        print(summary(model, result, predicted, basis) + place_note(store), file=sys.stderr)
         model.check_cap()
 
 
@@ -171,6 +182,13 @@ def _recording(file: Path | None, store: Path, model: TextModel) -> Iterator[Non
     with Recorder(file, header_of(open_store(store).manifest, model.choice.kind)) as recorder:
         model.observe(recorder)
         yield
+
+
+def _check_chat_options(chat: bool, system: str | None, template: str | None, session: Path | None) -> None:
+    if not chat and (system is not None or template is not None):
+        raise typer.BadParameter("--system and --chat-template are about messages: give --chat as well")
+    if chat and session is not None:
+        raise typer.BadParameter("--chat asks one question; to hold a conversation, use `flashinfer chat`")
 
 
 def read_prompt(prompt: str | None, file: Path | None, *, optional: bool = False) -> str:
@@ -200,66 +218,6 @@ def read_prompt(prompt: str | None, file: Path | None, *, optional: bool = False
     return prompt
 
 
-def summary(model: TextModel, result: Generation, predicted: Prediction, basis: Basis) -> str:
-    """One line: speed and bytes read per token, actual and predicted, hit rate and peak memory of a run."""
-    from flashinfer.backend import has_native
-    from flashinfer.machine import peak_resident_bytes
-
-    t, decode = result.timings, model.ledger.decode
-    times = "once" if result.context_shifts == 1 else f"{result.context_shifts} times"
-    parts = [
-        f"{len(result.tokens)} tokens ({result.finish_reason})",
-        *([f"context shifted {times}"] if result.context_shifts else []),
-        f"first after {t.first_token:.2f} s (predicted {predicted.first_token_seconds:.2f})",
-        f"then {t.decode_tokens_per_second:.3g} tokens/s (predicted {predicted.tokens_per_second:.3g})",
-        f"{format_size(decode.bytes_per_token)} read per token (predicted {format_size(predicted.flash_bytes)})",
-        f"hit rate {decode.hit_rate:.1%}",
-        *([model.choice.note] if model.choice.note else []),
-        *(["keys and values rounded to f16"] if model.plan.kv_type == "f16" else []),
-        f"peak memory {format_size(peak_resident_bytes())}",
-    ]
-    slower = "" if has_native() else "; computed by torch: the native core, which is faster, was not built"
-    return f"{', '.join(parts)}; {_foundation(predicted, basis)}{slower}"
-
-
-def _foundation(predicted: Prediction, basis: Basis) -> str:
-    """What a prediction rests on."""
-    disk = "measured" if basis.disk_measured else "default (`flashinfer plan` measures it)"
-    neurons = f", firing {predicted.firing.source}" if predicted.firing.density < 1 else ""
-    return f"predicted with the disk curve {disk}{neurons}"
-
-
-def _basis(store: Path, run: RunConfig) -> Basis:
-    """What predictions rest on here: figures measured before, or the defaults. Nothing is measured now."""
-    from flashinfer.bench.basis import DEFAULT_BASIS, known_basis
-    from flashinfer.store import open_store
-
-    try:
-        return known_basis(open_store(store), run)
-    except (FlashInferError, OSError):  # it was there a moment ago: no reason to lose what was generated
-        return DEFAULT_BASIS
-
-
-def _place_note(store: Path) -> str:
-    """What is to be known of the place the store lies in, if anything is."""
-    from flashinfer.bench.place import KINDS, place_of
-
-    try:
-        what, advice = KINDS[place_of(store).kind]
-    except OSError:
-        return ""
-    return f"; the store lies on {what}: {advice}" if advice else ""
-
-
-def _check_options(sampling: dict[str, Any], stops: list[str]) -> None:
-    from flashinfer.generate import Sampler, StopStrings
-    from flashinfer.text import GenerationDefaults
-
-    with usage_errors():
-        Sampler(GenerationDefaults().sampling(**sampling))
-        StopStrings(stops)
-
-
 def _drain(stream: Stream) -> Generation:
     for _ in stream:
         pass
@@ -272,18 +230,3 @@ def _print_pieces(stream: Stream) -> Generation:
         sys.stdout.flush()
     print(flush=True)
     return stream.result
-
-
-def _report(model: TextModel, result: Generation, predicted: Prediction, basis: Basis) -> dict[str, Any]:
-    from flashinfer.machine import peak_resident_bytes
-
-    return {
-        "schema_version": SCHEMA_VERSION,
-        **asdict(result),
-        "ledger": model.ledger.to_json(),
-        "plan": model.plan.to_json(),
-        "predictor": {"kind": model.choice.kind, "approximation": model.choice.note or None},
-        "effective_window": model.effective_window,
-        "peak_memory": peak_resident_bytes(),
-        "predicted": predicted.to_json() | {"basis": basis.to_json()},
-    }

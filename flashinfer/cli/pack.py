@@ -20,7 +20,7 @@ def command(
             help="What matrices are packed as: nf4, int4, int8, f16, ... or ffn=nf4,attn=int8,head=f16; "
             "by default each keeps its type.",
         ),
-    ] = None,  # fmt: skip
+    ] = None,
     layout: Annotated[
         Path | None, typer.Option(help="Layout file; by default the one of the architecture.", show_default=False)
     ] = None,

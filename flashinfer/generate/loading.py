@@ -9,9 +9,10 @@ from typing import get_args
 from flashinfer import machine
 from flashinfer.choice import parse_predictor
 from flashinfer.config import BackendName, CacheConfig, Cap, IoConfig, IoObjective, KvType, RunConfig
+from flashinfer.errors import StoreError
 from flashinfer.generate.text_model import TextModel
-from flashinfer.store import open_store
-from flashinfer.text import Tokenizer, load_generation_defaults, load_tokenizer
+from flashinfer.store import Store, open_store
+from flashinfer.text import ChatTemplate, Tokenizer, load_chat_template, load_generation_defaults, load_tokenizer
 from flashinfer.trace import Trace
 from flashinfer.units import parse_cap_size
 
@@ -75,9 +76,10 @@ def load(
         None if weight_memory is None else parse_cap_size(weight_memory),
     )
     opened = open_store(store)
-    files = {name: opened.path_of(entry) for name, entry in opened.manifest.text.items()}
+    files = _text_files(opened)
     # before the engine: it measures what the process holds already, and the tokenizer is part of that
     tokenizer, defaults = load_tokenizer(files), load_generation_defaults(files)
+    _check_fit(tokenizer, opened)
     if callable(context):
         context = max(1, min(context(tokenizer), opened.manifest.facts.context_length))
 
@@ -89,6 +91,32 @@ def load(
     except BaseException:
         engine.close()
         raise
+
+
+def chat_template_of(store: str | Path, chosen: str | None = None) -> ChatTemplate:
+    """How the model in `store` wants conversations; `ChatFormat` puts it together with the model's tokenizer.
+
+    chosen: the name of a built-in chat template, or a file; None is the checkpoint's own.
+
+    Raises:
+        ChatTemplateError: there is none, or the one named cannot be read.
+        StoreError: a file of the store is damaged.
+    """
+    return load_chat_template(_text_files(open_store(store)), chosen)
+
+
+def _text_files(store: Store) -> dict[str, Path]:
+    return {name: store.path_of(entry) for name, entry in store.manifest.text.items()}
+
+
+def _check_fit(tokenizer: Tokenizer, store: Store) -> None:
+    """Refuse another model's tokenizer. Added tokens without a row are only refused when they occur."""
+    rows = store.manifest.facts.vocab_size
+    if tokenizer.base_size > rows:
+        raise StoreError(
+            f"{store.root}: its tokenizer has {tokenizer.base_size} tokens, its embedding {rows}: they do not belong "
+            "together; put the model's own tokenizer into the checkpoint, then pack again"
+        )
 
 
 def _check_run(run: RunConfig) -> None:

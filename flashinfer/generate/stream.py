@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from flashinfer.errors import FlashInferError
-from flashinfer.generate.sampler import Floats, Sampler
-from flashinfer.generate.session_file import Conversation, Window
+from flashinfer.generate.live import LiveSession
+from flashinfer.generate.protocol import StepEngine
+from flashinfer.generate.sampler import Sampler
+from flashinfer.generate.session_file import Conversation
 from flashinfer.generate.stop import StopStrings
 from flashinfer.text import Detokenizer, Tokenizer
 
 FinishReason = Literal["stop", "eos", "length", "context", "cancelled"]
-
-
-class StepEngine(Protocol):
-    """What a generation needs of the engine (`flashinfer.engine.Model`)."""
-
-    def session(self, capacity: int) -> Any:
-        """A new, empty session for `capacity` tokens; it has `length`, `truncate(n)` and `close()`."""
-
-    def restore(self, layers: Iterable[Floats], capacity: int, window: Window) -> Any:
-        """A session with these keys and values, and these records in memory."""
-
-    def step(self, session: Any, tokens: list[int]) -> Floats:
-        """Append `tokens` to the session; logits [vocab] after the last of them."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +53,8 @@ class Job:
     """What is to be generated, in a context of so many tokens. `shift`: when it is full, go on with a shortened text.
 
     resume: the conversation that `prompt` begins with, whose keys and values are there already. keep: called with the
-    session and the tokens it stands for when the stream ends, however it ends.
+    session and the tokens it stands for when the stream ends, however it ends. live: instead of both, a session that
+    outlives the stream, of which the prompt takes over what it shares with it.
     """
 
     prompt: tuple[int, ...]
@@ -76,6 +66,7 @@ class Job:
     sampler: Sampler
     resume: Conversation | None = None
     keep: Callable[[Any, tuple[int, ...]], None] | None = None
+    live: LiveSession | None = None
 
 
 @dataclass
@@ -154,11 +145,16 @@ def _pieces(engine: StepEngine, tokenizer: Tokenizer, job: Job, record: _Record)
     finally:
         if job.keep is not None and (session.length or record.shifts):
             job.keep(session, tuple(record.known))
-        session.close()
+        if job.live is None:
+            session.close()
+        else:
+            job.live.tokens = record.known[: session.length]
 
 
 def _session(engine: StepEngine, job: Job, record: _Record) -> Any:
     """A session that has seen what the resumed conversation's had, as far as that still fits the context."""
+    if job.live is not None:
+        return job.live.begin(engine, job.context, job.prompt)
     capacity = min(len(job.prompt) + job.max_new_tokens, job.context)
     if job.resume is None or len(job.prompt) > capacity:
         if len(job.prompt) > capacity:

@@ -3,79 +3,27 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from flashinfer.choice import Choice
 from flashinfer.config import DEFAULT_NEW_TOKENS, DiskCurve, Rates, SamplingConfig
 from flashinfer.errors import FlashInferError, PromptError, StoreError
+from flashinfer.generate.live import LiveSession
+from flashinfer.generate.protocol import Engine
 from flashinfer.generate.sampler import Floats, Sampler, check_sampling
-from flashinfer.generate.session_file import Conversation, Window, load_conversation, save_conversation, store_id
+from flashinfer.generate.session_file import Conversation, load_conversation, save_conversation, store_id
 from flashinfer.generate.stop import StopStrings
-from flashinfer.generate.stream import Generation, Job, StepEngine, Stream
+from flashinfer.generate.stream import Generation, Job, Stream
 from flashinfer.ledger import Ledger
 from flashinfer.memory import Plan
 from flashinfer.model.observe import Observer
 from flashinfer.speed import Prediction
-from flashinfer.store import Facts, Store
 from flashinfer.text import GenerationDefaults, Tokenizer
 
 DEFAULT_DISK, DEFAULT_RATES = DiskCurve(), Rates()
-
-
-class Engine(StepEngine, Protocol):
-    """What a `TextModel` stands on (`flashinfer.engine.Model`)."""
-
-    @property
-    def facts(self) -> Facts:
-        """Shape of the model."""
-
-    @property
-    def store(self) -> Store:
-        """Where the weights come from."""
-
-    @property
-    def plan(self) -> Plan:
-        """Where the bytes of the cap go."""
-
-    @property
-    def ledger(self) -> Ledger:
-        """Where the time went, all generations together."""
-
-    @property
-    def choice(self) -> Choice:
-        """The predictor in use."""
-
-    @property
-    def effective_window(self) -> int:
-        """How many of the last tokens have all their neurons in DRAM."""
-
-    @property
-    def reader_note(self) -> str:
-        """How the store is read, for people."""
-
-    def logits(self, session: Any, tokens: list[int]) -> Floats:
-        """Append `tokens` to the session; logits [tokens, vocab]."""
-
-    def save(self, session: Any) -> Iterator[Floats]:
-        """The session's keys and values by layer, for `restore`."""
-
-    def window(self) -> Window:
-        """The records that the last tokens used, by layer."""
-
-    def predict(self, disk: DiskCurve, rates: Rates, *, prompt_tokens: int) -> Prediction:
-        """How fast it should be on such a disk and machine."""
-
-    def observe(self, observer: Observer | None) -> None:
-        """Show every layer of every step to the observer."""
-
-    def check_cap(self) -> None:
-        """Hold the process's peak memory against the cap. Raises CapExceededError."""
-
-    def close(self) -> None:
-        """Release weights and files."""
 
 
 class TextModel:
@@ -145,7 +93,7 @@ class TextModel:
         session: str | Path | None = None,
         context_shift: bool = False,
     ) -> Generation:
-        """Generate to the end. Parameters and errors are those of `stream`."""
+        """Generate to the end. Parameters and errors are those of `stream`, which has more."""
         stream = self.stream(
             prompt, max_new_tokens=max_new_tokens, stop=stop, temperature=temperature, top_k=top_k,
             top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, session=session,
@@ -169,6 +117,8 @@ class TextModel:
         seed: int | None = None,
         session: str | Path | None = None,
         context_shift: bool = False,
+        live: LiveSession | None = None,
+        end_tokens: Collection[int] = (),
     ) -> Stream:
         """Generate a continuation of `prompt` (text, or token ids) piece by piece.
 
@@ -178,24 +128,31 @@ class TextModel:
         context_shift: when the context is full, go on with its first token and its newest half rather than end; what
         they say is computed anew, bit for bit as in a fresh session of these tokens. The session file holds them.
 
+        live: instead of a file, a session that stays in memory: what `prompt` shares with its beginning is not computed
+        again. Its keys and values are the plan's one session, so keep no second one. end_tokens: ids that end the text
+        beside those that always do.
+
         What is None comes from the checkpoint's generation_config.json: greedy unless that says
         `do_sample`; naming temperature, top_k, top_p or min_p asks for sampling.
 
         Raises:
             PromptError: the prompt is empty or leaves no room in the context. At once, as the next two:
             SessionError: the session file is damaged, or of another store.
-            ValueError: a parameter is out of its range.
+            ValueError: a parameter is out of its range, or both `session` and `live` are given.
             FlashInferError: the model is closed; while reading: what the engine raises.
         """
         sampling = self._defaults.sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
             repetition_penalty=repetition_penalty, seed=seed,
         )  # fmt: skip
+        if session is not None and live is not None:
+            raise ValueError("session and live exclude each other: a conversation is kept in one place")
         past = self._conversation(session)
         tokens = self._prompt_tokens(prompt) if past is None else self._continued(past, prompt)
         seen = past.length if past is not None and context_shift else 0
         self._check_room(len(tokens) - seen + (seen > 0))
         job = self._job(tokens, max_new_tokens, stop, sampling, context_shift)
+        job = replace(job, live=live, eos_ids=job.eos_ids.union(end_tokens))
         if session is not None:
             if past is not None and seed is None:
                 job.sampler.state = past.random

@@ -1,8 +1,23 @@
-"""Text in, text out: tokenizers, streaming detokenisation and the checkpoint's generation defaults."""
+"""Text in, text out: tokenizers, chat templates, streaming detokenisation and the checkpoint's generation defaults."""
 
+from flashinfer.text.chat import ChatFormat, TurnEnd
+from flashinfer.text.chat_template import ChatTemplate, Message, built_in, load_chat_template, opening
 from flashinfer.text.defaults import GenerationDefaults, load_generation_defaults
 from flashinfer.text.detokenizer import Detokenizer
 from flashinfer.text.load import load_tokenizer
 from flashinfer.text.tokenizer import Tokenizer
 
-__all__ = ["Detokenizer", "GenerationDefaults", "Tokenizer", "load_generation_defaults", "load_tokenizer"]
+__all__ = [
+    "ChatFormat",
+    "ChatTemplate",
+    "Detokenizer",
+    "GenerationDefaults",
+    "Message",
+    "Tokenizer",
+    "TurnEnd",
+    "built_in",
+    "load_chat_template",
+    "load_generation_defaults",
+    "load_tokenizer",
+    "opening",
+]

@@ -27,6 +27,13 @@ class SpecialTokens(msgspec.Struct, frozen=True):
     pad_token: str | _Token | None = None
 
 
+class NamedTemplate(msgspec.Struct, frozen=True):
+    """One of several chat templates."""
+
+    name: str
+    template: str
+
+
 class TokenizerConfig(SpecialTokens, frozen=True):
     """`tokenizer_config.json`, the keys used here."""
 
@@ -35,6 +42,7 @@ class TokenizerConfig(SpecialTokens, frozen=True):
     add_prefix_space: bool | None = None
     legacy: bool | None = None
     added_tokens_decoder: dict[str, _Token] = {}
+    chat_template: str | list[NamedTemplate] | None = None
 
     def content(self, token: str | _Token | None) -> str | None:
         """The text of a special token, however it was written."""

@@ -28,7 +28,9 @@ class LibraryTokenizer(Tokenizer):
         library.no_padding()
         self._library, self._pieces = library, pieces
         added = library.get_added_tokens_decoder()
-        self._special = frozenset(i for i, token in added.items() if token.special)
+        self.specials = {token.content: i for i, token in added.items() if token.special}
+        self._special = frozenset(self.specials.values())
+        self.base_size = library.get_vocab_size(with_added_tokens=False)
         self.vocab_size = max([library.get_vocab_size(with_added_tokens=True), *(i + 1 for i in added)])
         self.strips_leading_space = pieces.strips_leading_space
         self.bos_id = self._id_of(config.bos)

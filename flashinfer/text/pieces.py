@@ -23,7 +23,8 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in plain} | {chr(0x100 + i): b for i, b in enumerate(rest)}
 
 
-_BYTE_OF = _byte_alphabet()
+BYTE_OF = _byte_alphabet()
+"""The byte each character of GPT-2's alphabet stands for."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class PieceDecoder:
     def __call__(self, piece: str) -> bytes:
         """Bytes of one piece."""
         if self.byte_level:
-            data = [_BYTE_OF.get(c) for c in piece]
+            data = [BYTE_OF.get(c) for c in piece]
             known = [b for b in data if b is not None]
             # an added token with characters outside the alphabet stands for itself
             return bytes(known) if len(known) == len(data) else piece.encode()

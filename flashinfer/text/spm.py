@@ -34,10 +34,11 @@ class SentencePieceTokenizer(Tokenizer):
         self.strips_leading_space = self._model.encode("a", out_type=str)[0].startswith(SPACE_MARK)
         size = self._model.get_piece_size()
         self._added = {i: token for i, token in config.added().items() if i >= size and token.content}
-        self._ids = {self._model.id_to_piece(i): i for i in range(size) if self._model.is_control(i)}
-        self._ids |= {token.content: i for i, token in self._added.items()}
-        longest_first = sorted(map(re.escape, self._ids), key=len, reverse=True)
+        self.specials = {self._model.id_to_piece(i): i for i in range(size) if self._model.is_control(i)}
+        self.specials |= {token.content: i for i, token in self._added.items()}
+        longest_first = sorted(map(re.escape, self.specials), key=len, reverse=True)
         self._split = re.compile("|".join(longest_first) or r"(?!)")
+        self.base_size = size
         self.vocab_size = max([size, *(i + 1 for i in self._added)])
         self.bos_id = self._id_of(config.bos, self._model.bos_id())
         eos = self._id_of(config.eos, self._model.eos_id())
@@ -49,8 +50,8 @@ class SentencePieceTokenizer(Tokenizer):
         return sentencepiece.SentencePieceProcessor(model_proto=self._bytes + _NO_DUMMY_PREFIX)
 
     def _id_of(self, token: str | None, default: int) -> int | None:
-        if token is not None and token in self._ids:
-            return self._ids[token]
+        if token is not None and token in self.specials:
+            return self.specials[token]
         return default if default >= 0 else None
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
@@ -59,7 +60,7 @@ class SentencePieceTokenizer(Tokenizer):
         at = 0
         for special in self._split.finditer(text):
             ids += self._encode_part(text[at : special.start()], at == 0)
-            ids.append(self._ids[special[0]])
+            ids.append(self.specials[special[0]])
             at = special.end()
         return ids + self._encode_part(text[at:], at == 0)
 
@@ -87,15 +88,9 @@ def tokenizer_from_sentencepiece(path: Path, config: TokenizerConfig) -> Sentenc
     """Open a `tokenizer.model`.
 
     Raises:
-        StoreError: unreadable, damaged, or a tiktoken file under the same name (Meta's llama 3).
+        StoreError: unreadable or damaged.
     """
     try:
-        model = path.read_bytes()
-    except OSError as e:
-        raise StoreError(f"cannot read {path}: {e.strerror or e}; pack the checkpoint again") from e
-    if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", model):
-        raise StoreError(f"{path} is a tiktoken vocabulary; pack the checkpoint that has a tokenizer.json")
-    try:
-        return SentencePieceTokenizer(model, config)
+        return SentencePieceTokenizer(path.read_bytes(), config)
     except (RuntimeError, ValueError, UnicodeDecodeError) as e:
         raise StoreError(f"{path} is not a readable sentencepiece model; download it again, then pack again") from e

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class Tokenizer(ABC):
@@ -14,14 +14,18 @@ class Tokenizer(ABC):
 
     Attributes:
         vocab_size: one more than the highest id `encode` can return.
+        base_size: the same without tokens that were added to the vocabulary, which a model may lack rows for.
         bos_id: the id that begins a sequence, None where the tokenizer has none.
         eos_ids: the ids that end a sequence, as far as the tokenizer's own files say.
+        specials: ids of the special tokens by their text. Written out in a text they become these ids.
         strips_leading_space: a text's first space was put there by `encode` and is dropped by `decode`.
     """
 
     vocab_size: int
+    base_size: int
     bos_id: int | None
     eos_ids: tuple[int, ...]
+    specials: Mapping[str, int]
     strips_leading_space: bool
 
     @abstractmethod

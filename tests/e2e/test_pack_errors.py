@@ -81,8 +81,8 @@ def config(text: str) -> Callable[[Path], None]:
 AGAIN = "download it again"
 BROKEN: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no config": (without_config, ("has no config.json", "give the directory")),
-    "no tensors": (without_tensors, ("has no model.safetensors", "safetensors is what is read now")),
-    "only pytorch": (only_pytorch, ("PyTorch files are there", "safetensors is what is read now")),
+    "no tensors": (without_tensors, ("has no weights", "download them too")),
+    "only pytorch": (only_pytorch, ("pytorch_model.bin is no PyTorch file", "download it again")),
     "shard missing": (shard_missing, ("two.safetensors is missing", AGAIN)),
     "tensor missing": (tensor_missing, (NAME, "is missing", AGAIN)),
     "tensor extra": (tensor_extra, ("no place for tensor model.layers.0.router.weight", "docs/layouts.md")),
@@ -131,7 +131,7 @@ def test_after_the_mistake_is_mended_it_works(tmp_path: Path) -> None:
     [
         ("nothing/here/at/all", ("nothing/here/at/all does not exist", "give the directory")),
         ("org/model", ("org/model does not exist", "huggingface-cli download org/model")),
-        ("model.gguf", ("model.gguf is a file", "GGUF files are not read yet")),
+        ("model.gguf", ("model.gguf cannot be read", "cut short")),
     ],
 )
 def test_what_is_no_checkpoint(checkpoint: str, parts: tuple[str, ...], tmp_path: Path) -> None:

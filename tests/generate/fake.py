@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +29,10 @@ class LetterTokenizer(Tokenizer):
     """One token per character of ALPHABET; the last one, of three bytes, is three tokens."""
 
     vocab_size = FIRST + len(ALPHABET) - 1 + 3
+    base_size = vocab_size
     bos_id = BOS
     eos_ids = (EOS,)
+    specials: ClassVar[dict[str, int]] = {}
     strips_leading_space = False
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
@@ -72,6 +74,7 @@ class FakeEngine:
         self.open_sessions = self.steps = self.closes = 0
         self.over_cap, self.choice = False, Choice()
         self.observer: Observer | None = None
+        self.asked: list[list[int]] = []
 
     def session(self, capacity: int) -> FakeSession:
         self.open_sessions += 1
@@ -83,6 +86,7 @@ class FakeEngine:
         if session.length == 0:
             self.steps = 0
         session.length += len(tokens)
+        self.asked.append(list(tokens))
         logits = np.zeros(self.facts.vocab_size, dtype=np.float32)
         logits[self.script[self.steps % len(self.script)]] = 4
         self.steps += 1
@@ -116,6 +120,8 @@ class _Facts:
 class _Plan:
     context: int
     kv_type: KvType = "f32"
+    cap: int = 1 << 30
+    cap_kind: str = "memory"
 
     def to_json(self) -> dict[str, int]:
         return {"context": self.context}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ PREFERRED = {
     "llama-spm": "llama2/tokenizer.model",
     "falcon": "falcon/tokenizer.json",
     "mpt": "gpt_neox_20b/tokenizer.json",
+    "llama-bpe": "llama3/tokenizer.model",
+    "phi-3": "llama2/tokenizer.model",
 }
 
 
@@ -29,6 +32,7 @@ def cases(name: str) -> Iterator[tuple[str, list[int]]]:
     return zip(texts, ([int(i) for i in line.split()] for line in ids), strict=True)
 
 
+@cache
 def load(name: str) -> Tokenizer:
     path = shared_data(f"tokenizers/{name}")
     return load_tokenizer({path.name: path})
@@ -40,6 +44,14 @@ def test_ids_are_the_expected_ones(name: str) -> None:
     for text, ids in cases(name):
         assert tokenizer.encode(text, add_bos=False) == ids
         assert tokenizer.decode(ids) == text
+
+
+def test_llama_3_has_its_special_tokens() -> None:
+    tokenizer = load("llama3/tokenizer.model")
+    assert (tokenizer.base_size, tokenizer.vocab_size) == (128000, 128256)
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (128000, (128001, 128009))
+    tokens = tokenizer.encode("<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>")
+    assert tokens == [128000, 128006, 882, 128007, 271, 13347, 128009]
 
 
 def test_llama_as_tokenizer_json(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from flashinfer.errors import StoreError
 from flashinfer.text import load_generation_defaults, load_tokenizer
 from tests.shared_data import shared_data
-from tests.tiny_tokenizers import tiny_gpt2, tiny_json, tiny_sentencepiece
+from tests.tiny_tokenizers import tiny_gpt2, tiny_json, tiny_sentencepiece, tiny_tiktoken
 
 
 def refusal(files: dict[str, Path]) -> str:
@@ -94,9 +94,29 @@ def test_a_real_damaged_tokenizer() -> None:
     assert "Merges" in refusal({"tokenizer.json": shared_data("tokenizers/llama2/tokenizer.json")})
 
 
-@pytest.mark.shared
-def test_tiktoken_under_the_name_of_sentencepiece() -> None:
-    assert "tiktoken" in refusal({"tokenizer.model": shared_data("tokenizers/llama3/tokenizer.model")})
+@pytest.mark.parametrize(
+    ("lines", "part"),
+    [
+        (["IQ== 0", "IQ 1"], "padding"),
+        (["IQ== 0", "Ig== one"], "invalid literal"),
+        (["IQ== 0", "Ig== 0"], "each of as many ranks"),
+        (["IQ== 0", "Ig== 7"], "each of as many ranks"),
+        (["IQ== 0", "Ig=="], "unpack"),
+        (["IQ== 0", "Ig== 1"], "byte 0 has no token"),
+    ],
+)
+def test_a_damaged_tiktoken_vocabulary(tmp_path: Path, lines: list[str], part: str) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_text("\n".join(lines))
+    message = refusal({path.name: path})
+    assert "not a readable tiktoken vocabulary" in message
+    assert part in message
+
+
+def test_special_tokens_that_do_not_follow_a_tiktoken_vocabulary(tmp_path: Path) -> None:
+    files, config = tiny_tiktoken(tmp_path, tokens=300), tmp_path / "tokenizer_config.json"
+    config.write_text('{"added_tokens_decoder": {"302": {"content": "<|begin_of_text|>", "special": true}}}')
+    assert "do not follow" in refusal(files | {config.name: config})
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def streamed(tokenizer: Tokenizer, tokens: list[int], after: list[int] | None = 
 @settings(max_examples=60, deadline=None)
 @given(text=TEXTS)
 def test_decode_undoes_encode(tiny: Tokenizer, text: str) -> None:
-    if "<s>" in text or "</s>" in text:
+    if any(special in text for special in tiny.specials):
         return
     assert tiny.decode(tiny.encode(text)) == text
     assert tiny.decode(tiny.encode(text, add_bos=False)) == text
@@ -66,7 +66,7 @@ def test_a_continuation_keeps_its_first_space(tiny: Tokenizer) -> None:
 
 def test_special_and_unknown_tokens_have_no_text(tiny: Tokenizer) -> None:
     assert tiny.bos_id is not None
-    assert [tiny.token_bytes(t) for t in (tiny.bos_id, *tiny.eos_ids, tiny.vocab_size + 7)] == [b""] * 3
+    assert {tiny.token_bytes(t) for t in (tiny.bos_id, *tiny.eos_ids, tiny.vocab_size + 7)} == {b""}
 
 
 @pytest.mark.shared
