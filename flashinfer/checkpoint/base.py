@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 Words = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 """Values as they lie in the file: one unsigned word each, 2 bytes (f16, bf16) or 4 (f32)."""
+Columns = slice | npt.NDArray[np.int64]
+"""A run of columns (step 1), or their numbers."""
 
 
 @dataclass(frozen=True)
@@ -34,24 +36,17 @@ class TensorInfo:
         return 1, self.shape[0]
 
 
-class Checkpoint(Protocol):
-    """A lazy mapping of names to tensors. Reads are positional: memory is what the caller asked for, no more.
+class Source(Protocol):
+    """Where tensors are read from. Reads are positional: memory is what the caller asked for, no more.
 
     All reading methods raise CheckpointError: unpackable dtype, a file cut short, an I/O error.
     """
-
-    path: Path
-    config: Mapping[str, Any]
-    """The content of config.json."""
-    text: Mapping[str, Path]
-    """Tokenizer, generation and configuration files, by name: carried into the store byte for byte."""
-    tensors: Mapping[str, TensorInfo]
 
     def read_rows(self, name: str, start: int, stop: int) -> Words:
         """Rows `[start, stop)` of a matrix (a vector is one row): `[stop - start, columns]`."""
         ...
 
-    def read_columns(self, name: str, columns: slice | npt.NDArray[np.int64]) -> Words:
+    def read_columns(self, name: str, columns: Columns) -> Words:
         """The given columns of a matrix, in that order: `[rows, number of columns]`."""
         ...
 
@@ -62,3 +57,16 @@ class Checkpoint(Protocol):
     def close(self) -> None:
         """Release the files. Idempotent."""
         ...
+
+
+class Checkpoint(Source, Protocol):
+    """A lazy mapping of names to tensors, whatever it is read from, and what else belongs to the model."""
+
+    path: Path
+    config: Mapping[str, Any]
+    """The content of config.json, or what a file of another kind says, in its words."""
+    text: Mapping[str, Path]
+    """Tokenizer, generation and configuration files, by name: carried into the store byte for byte.
+
+    What a source generates lies in a temporary folder until `close`."""
+    tensors: Mapping[str, TensorInfo]

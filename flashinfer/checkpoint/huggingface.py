@@ -1,53 +1,29 @@
-"""A Hugging Face checkpoint directory: config.json, safetensors files (one or sharded), tokenizer files."""
+"""A Hugging Face checkpoint directory: config.json, safetensors or PyTorch files (one or sharded), tokenizer files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from flashinfer.checkpoint.base import Checkpoint, TensorInfo, Words
+from flashinfer.checkpoint.base import Columns, TensorInfo, Words
+from flashinfer.checkpoint.raw import RawFile
 from flashinfer.checkpoint.safetensors import SafetensorsFile
+from flashinfer.checkpoint.torch_file import TorchFile
 from flashinfer.errors import CheckpointError
-from flashinfer.store.open import hub_hint
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+KINDS: tuple[tuple[str, Callable[[Path], RawFile]], ...] = (
+    ("model.safetensors", SafetensorsFile),
+    ("pytorch_model.bin", TorchFile),
+)
+"""The file of a checkpoint in one piece, and what reads it or the shards of its `.index.json`; the first one counts."""
 TEXT_FILES = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json", "generation_config.json",
     "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
     "vocab.json",
 )  # fmt: skip
 """Carried into the store. config.json is among them for the token ids that older checkpoints keep only there."""
-_LATER = {
-    ".bin": "PyTorch",
-    ".pt": "PyTorch",
-    ".pth": "PyTorch",
-    ".gguf": "GGUF",
-    ".h5": "TensorFlow",
-    ".msgpack": "Flax",
-}
-
-
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open the checkpoint directory at `path`. Close it when done.
-
-    Raises:
-        CheckpointError: there is none, or it is incomplete, damaged, or of a kind that is not read yet.
-    """
-    root = Path(path)
-    if not root.exists():
-        hint = hub_hint(str(root)) or "give the directory of a downloaded checkpoint"
-        raise CheckpointError(f"{root} does not exist; {hint}")
-    if not root.is_dir():
-        kind = _LATER.get(root.suffix)
-        then = f"{kind} files are not read yet, safetensors are" if kind else "give its directory"
-        raise CheckpointError(f"{root} is a file, a checkpoint is a directory with config.json: {then}")
-    return HuggingFaceCheckpoint(root)
 
 
 class HuggingFaceCheckpoint:
@@ -59,27 +35,26 @@ class HuggingFaceCheckpoint:
             raise CheckpointError(
                 f"{root} has no config.json: it is not a Hugging Face checkpoint; give the directory of one"
             )
-        self.config: Mapping[str, Any] = _read_json(root / "config.json")
+        self.config: Mapping[str, Any] = read_json(root / "config.json")
         self.text: Mapping[str, Path] = {n: root / n for n in TEXT_FILES if (root / n).is_file()}
-        shards = _shards(root)
-        self._files: dict[str, SafetensorsFile] = {}
-        self._home: dict[str, SafetensorsFile] = {}
+        self._files: dict[str, RawFile] = {}
+        self._home: dict[str, RawFile] = {}
         self.tensors: Mapping[str, TensorInfo] = {}
         try:
-            self._open(shards)
+            self._open(*_shards(root))
         except BaseException:
             self.close()
             raise
 
-    def _open(self, shards: dict[str, list[str] | None]) -> None:
+    def _open(self, shards: dict[str, list[str] | None], index: str, reader: Callable[[Path], RawFile]) -> None:
         found: dict[str, TensorInfo] = {}
         for shard, names in shards.items():
-            file = self._files[shard] = SafetensorsFile(self.path / shard)
+            file = self._files[shard] = reader(self.path / shard)
             tensors = file.tensors
             for name in tensors if names is None else names:
                 if name not in tensors:
                     raise CheckpointError(
-                        f"tensor {name} is not in {self.path / shard}, where {INDEX} says it is; download it again"
+                        f"tensor {name} is not in {self.path / shard}, where {index} says it is; download it again"
                     )
                 found[name], self._home[name] = tensors[name], file
         self.tensors = found
@@ -90,7 +65,7 @@ class HuggingFaceCheckpoint:
         """See `Checkpoint.read_rows`."""
         return self._home[name].read_rows(name, start, stop)
 
-    def read_columns(self, name: str, columns: slice | npt.NDArray[np.int64]) -> Words:
+    def read_columns(self, name: str, columns: Columns) -> Words:
         """See `Checkpoint.read_columns`."""
         return self._home[name].read_columns(name, columns)
 
@@ -104,17 +79,22 @@ class HuggingFaceCheckpoint:
             file.close()
 
 
-def _shards(root: Path) -> dict[str, list[str] | None]:
-    """Shard file -> names of its tensors; None where the only file is its own index."""
-    if (root / SINGLE).is_file():
-        return {SINGLE: None}
-    if not (root / INDEX).is_file():
-        kinds = sorted({_LATER[p.suffix] for p in root.iterdir() if p.suffix in _LATER})
-        found = f" ({' and '.join(kinds)} files are there; that format comes later)" if kinds else ""
-        raise CheckpointError(f"{root} has no {SINGLE} and no {INDEX}{found}: safetensors is what is read now")
-    weight_map = _read_json(root / INDEX).get("weight_map")
+def _shards(root: Path) -> tuple[dict[str, list[str] | None], str, Callable[[Path], RawFile]]:
+    """Shard file -> names of its tensors (None where the only file is its own index); the index; what reads a shard."""
+    for single, reader in KINDS:
+        index = f"{single}.index.json"
+        if (root / single).is_file():
+            return {single: None}, index, reader
+        if (root / index).is_file():
+            return _indexed(root, index), index, reader
+    wanted = ", ".join(f"{single} or {single}.index.json" for single, _ in KINDS)
+    raise CheckpointError(f"{root} has no weights: {wanted}, or one .gguf file was expected; download them too")
+
+
+def _indexed(root: Path, index: str) -> dict[str, list[str] | None]:
+    weight_map = read_json(root / index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{root / INDEX} has no weight_map of names to files; download it again")
+        raise CheckpointError(f"{root / index} has no weight_map of names to files; download it again")
     shards: dict[str, list[str] | None] = {}
     for name, shard in weight_map.items():
         names = shards.setdefault(shard, [])
@@ -122,13 +102,14 @@ def _shards(root: Path) -> dict[str, list[str] | None]:
         names.append(name)
     for shard in shards:
         if Path(shard).name != shard or shard in ("", ".", ".."):
-            raise CheckpointError(f"{root / INDEX} names {shard!r}, which is not a plain file name")
+            raise CheckpointError(f"{root / index} names {shard!r}, which is not a plain file name")
         if not (root / shard).is_file():
-            raise CheckpointError(f"{root / shard} is missing, though {INDEX} names it; download it again")
+            raise CheckpointError(f"{root / shard} is missing, though {index} names it; download it again")
     return shards
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError: it cannot be read, or is none."""
     try:
         content = json.loads(path.read_bytes())
     except OSError as e:

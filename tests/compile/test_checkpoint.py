@@ -40,7 +40,7 @@ class TestReading:
     @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
     @pytest.mark.parametrize("chunk", [8, 8 << 20])
     def test_rows_and_columns(self, tmp_path, monkeypatch, dtype, chunk):
-        monkeypatch.setattr("flashinfer.checkpoint.safetensors.COPY_CHUNK", chunk)
+        monkeypatch.setattr("flashinfer.checkpoint.raw.COPY_CHUNK", chunk)
         tensors = fill({"m": (7, 5), "v": (6,), "one": (1, 1)})
         save(tmp_path / "x.safetensors", tensors, dtype)
         file = SafetensorsFile(tmp_path / "x.safetensors")
@@ -94,7 +94,7 @@ class TestPlaces:
 
     @pytest.mark.parametrize(
         ("name", "message"),
-        [("model.gguf", "GGUF files are not read yet"), ("model.safetensors", "give its directory")],
+        [("model.gguf", r"model\.gguf cannot be read: it is cut short"), ("model.safetensors", "give its directory")],
     )
     def test_a_file(self, tmp_path, name, message):
         (tmp_path / name).touch()
@@ -114,14 +114,16 @@ class TestPlaces:
 
     def test_no_tensors(self, plain):
         (plain / "model.safetensors").unlink()
-        with pytest.raises(CheckpointError, match=r"no model\.safetensors and no .*safetensors is what is read now"):
+        with pytest.raises(
+            CheckpointError, match=r"has no weights: model\.safetensors or .*one \.gguf file was expected"
+        ):
             open_checkpoint(plain)
 
     def test_other_formats_are_named(self, plain):
         (plain / "model.safetensors").unlink()
-        (plain / "pytorch_model.bin").touch()
-        (plain / "model-q4.gguf").touch()
-        with pytest.raises(CheckpointError, match=r"GGUF and PyTorch files are there; that format comes later"):
+        (plain / "tf_model.h5").touch()
+        (plain / "flax_model.msgpack").touch()
+        with pytest.raises(CheckpointError, match=r"holds TensorFlow and Flax files only, which are not read"):
             open_checkpoint(plain)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import flashinfer
-from flashinfer.checkpoint import safetensors
+from flashinfer.checkpoint import raw
 from flashinfer.errors import CheckpointError, LayoutError
 from flashinfer.pack import PackReport, pack, stream
 from flashinfer.store import neurons, open_store, verify
@@ -107,7 +107,7 @@ def test_small_blocks(made, tmp_path, monkeypatch, permuted, bundles):
         (neurons, "PACK_BLOCK", 3000),
         (stream, "COPY_CHUNK", 200),
         (stream, "_PIECE", 7),
-        (safetensors, "COPY_CHUNK", 100),
+        (raw, "COPY_CHUNK", 100),
     ):
         monkeypatch.setattr(module, name, value)
     pack(checkpoint, tmp_path / "two", permutation=permutation, bundles_per_record=bundles, quant="f16")
