@@ -11,8 +11,8 @@ class Batch:
 class Ring:
     """An io_uring for a fixed set of files `(descriptor, alignment, forget)`, which stay the caller's.
 
-    With `forget`, what was read is dropped from the page cache; `timed`: see `take_seconds`. Thread safe. Holds each target until its batch
-    has ended; deleting the ring waits for that.
+    With `forget`, what was read is dropped from the page cache; `timed`: see `take_seconds`. Thread safe. Holds each
+    target until its batch has ended; deleting the ring waits for that.
 
     Raises:
         OSError: the kernel has no io_uring, forbids it, or has no room for it.
