@@ -1,9 +1,10 @@
 """Products against a plain reading of as many bytes: how much of the memory's speed the native kernels reach.
 
-    python benchmarks/kernels.py [--threads 1 2] [--bytes 2GiB] [--rounds 31] [--out benchmarks/results/kernels.md]
+    python benchmarks/kernels.py [--threads 1 2] [--codecs f16 int8 ...] [--bytes 2GiB] [--rounds 31]
+                                 [--out benchmarks/results/kernels.md]
 
-*Dense*: `linear` with one token, for each codec, through matrices that fill the working set one after the other.
-*Sparse*: the fused `ffn` with one token on a random twentieth of the neurons of a layer, f16, through layers that fill
+For each codec, *dense*: `linear` with one token, through matrices that fill the working set one after the other;
+*sparse*: the fused `ffn` with one token on a random twentieth of the neurons of a layer, through layers that fill
 the working set; others are drawn each time. *Scan*: as many threads read as many bytes, 64 bits at a time (numpy's
 `bitwise_or.reduce`, which lets the GIL go), in one stretch that begins where the last one ended. The working set is
 written beforehand, in huge pages, as the runtime's buffers are.
@@ -35,12 +36,11 @@ from flashinfer.backend.base import Bundle, Bytes, Part
 from flashinfer.backend.native_backend import NativeBackend
 from flashinfer.config import TILE_NEURONS, TILE_ROWS
 from flashinfer.io import AlignedBuffer
-from flashinfer.quant import codec_named
+from flashinfer.quant import CODECS, codec_named
 from flashinfer.units import MIB, format_size, parse_size
 
 DENSE = (8640, 3200)
 """Rows and columns: a decision matrix of a llama of 3 billion parameters."""
-CODECS = ("f32", "f16", "bf16", "int8g32")
 SPARSE = {"llama-3b": (8640, 3200, True), "llama-7b": (11008, 4096, True), "opt-6.7b": (16384, 4096, False)}
 """Neurons, width, and whether a bundle has an up row beside its down row."""
 ACTIVE = 0.05
@@ -108,12 +108,12 @@ def dense(backend: NativeBackend, memory: Bytes, codec: str) -> Stretch:
     return stretch
 
 
-def sparse(backend: NativeBackend, memory: Bytes, shape: tuple[int, int, bool]) -> Stretch:
+def sparse(backend: NativeBackend, memory: Bytes, shape: tuple[int, int, bool], codec: str) -> Stretch:
     """The active neurons of layers one after the other; who is active is drawn beforehand."""
     neurons, width, gated = shape
-    row = codec_named("f16").row_bytes(width)
+    row = codec_named(codec).row_bytes(width)
     size = row * (1 + gated)
-    bundle = Bundle(size, Part(size - row, width, "f16"), Part(0, width, "f16") if gated else None)
+    bundle = Bundle(size, Part(size - row, width, codec), Part(0, width, codec) if gated else None)
     tiles = round(neurons * ACTIVE) // TILE_NEURONS
     layers = range(len(memory) // (neurons * size))
     places = cycle(list(_places(layers, neurons, size, tiles)))
@@ -160,21 +160,21 @@ def measure(row: Row, product: Stretch, scan: Callable[[int], None], rounds: int
             getattr(row, who).append(timed(product if who == "product" else plain))
 
 
-def run(memory: Bytes, threads: int, rounds: int) -> list[Row]:
+def run(memory: Bytes, codecs: list[str], threads: int, rounds: int) -> list[Row]:
     """All rows for so many threads."""
     backend, rows = NativeBackend(threads), []
     with ThreadPoolExecutor(threads) as pool:
         scan = scanner(memory, pool, threads)
-        for codec in CODECS:
+        for codec in codecs:
             fill(memory, codec, DENSE[1])
             row = Row("dense {} x {}".format(*DENSE), codec, threads)
             measure(row, dense(backend, memory, codec), scan, rounds)
             rows.append(row)
-        for name, shape in SPARSE.items():
-            fill(memory, "f16", shape[1])
-            row = Row(f"sparse {name}, 5 % of {shape[0]} x {shape[1]}", "f16", threads)
-            measure(row, sparse(backend, memory, shape), scan, rounds)
-            rows.append(row)
+            for name, shape in SPARSE.items():
+                fill(memory, codec, shape[1])
+                row = Row(f"sparse {name}, 5 % of {shape[0]} x {shape[1]}", codec, threads)
+                measure(row, sparse(backend, memory, shape, codec), scan, rounds)
+                rows.append(row)
     backend.close()
     return rows
 
@@ -214,13 +214,14 @@ def describe(a: argparse.Namespace, load: float) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    p.add_argument("--codecs", nargs="+", default=list(CODECS), choices=list(CODECS))
     p.add_argument("--bytes", type=parse_size, default=parse_size("2GiB"), help="of the working set (default: 2GiB)")
     p.add_argument("--rounds", type=int, default=31)
     p.add_argument("--out", type=Path, help="write the report here, too")
     a = p.parse_args(argv)
     about = describe(a, os.getloadavg()[0])
     with AlignedBuffer(a.bytes) as buffer:
-        rows = [row for threads in a.threads for row in run(buffer.array, threads, a.rounds)]
+        rows = [row for threads in a.threads for row in run(buffer.array, a.codecs, threads, a.rounds)]
     text = markdown(rows, about)
     print(text, end="")
     if a.out is not None:

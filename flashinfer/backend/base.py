@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from flashinfer.backend.footprint import Footprint
 from flashinfer.config import KvType
+from flashinfer.quant import Codec
 from flashinfer.store.facts import Activation
 
 Buffer = Any
@@ -31,11 +32,11 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Part:
-    """Where one part lies in a bundle: byte offset, values, codec."""
+    """Where one part lies in a bundle: byte offset, values, and the codec, as `Backend.matrix` has it."""
 
     offset: int
     elements: int
-    codec: str
+    codec: str | Codec
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,10 @@ class Backend(Protocol):
         """A resident float32 vector or table, copied."""
         ...
 
-    def matrix(self, raw: Bytes, codec: str, rows: int, cols: int, *, keep: bool) -> Buffer:
-        """Weights `[rows, cols]` over raw bytes. On a CPU this is a view. `keep`: it stays for good (a device
-        with its own memory copies it there and the caller may drop `raw`); otherwise it is used at once."""
+    def matrix(self, raw: Bytes, codec: str | Codec, rows: int, cols: int, *, keep: bool) -> Buffer:
+        """Weights `[rows, cols]` over raw bytes. On a CPU this is a view. `codec`: its name in the manifest, or the
+        codec itself where a name does not say all (`LlmInt8`). `keep`: it stays for good (a device with its own
+        memory copies it there and the caller may drop `raw`); otherwise it is used at once."""
         ...
 
     def zeros(self, tokens: int, width: int) -> Buffer:

@@ -18,7 +18,7 @@ class Footprint:
 
     kv_unit: keys and values are kept for a multiple of so many positions.
     weights: per thread, of weights in another form: (longest row, values of a bundle, bytes of a bundle).
-    scores: of attention, all threads together: (facts, context, threads).
+    scores: of attention, and activations prepared for products, all threads together: (facts, context, threads).
     outputs: float32 rows of the hidden size that a step's feed-forward takes per token: (threads).
     growth: allowance for what the process and its libraries allocate once the baseline was measured.
     """
@@ -40,12 +40,26 @@ def native_scores(heads: int, kv_heads: int, head_dim: int, context: int) -> int
     return 4 * group * max(1, TASK_TOKENS // group) * (round_up(context, TILE_TOKENS) + 2 * head_dim + 1)
 
 
+UNPACK_PARTS = 8
+"""Torch decodes a tile of codes in so many parts."""
+UNPACK_BYTES = 12
+"""Bytes for each of a part's values: its code, twice, as an index, and its scale."""
+PREPARED_TOKENS = 64
+"""Tokens that the native backend prepares together for products with codes (`native/work.hpp`)."""
+
+
+def native_prepared(widest: int) -> int:
+    """What it keeps of them at most: four bytes for each value in whole blocks of 128, sums, and a line."""
+    return PREPARED_TOKENS * (5 * round_up(widest, 128) + 128)
+
+
 def torch_weights(widest: int, values: int, bundle: int) -> int:
-    """Scratch of one thread of torch: a tile of a matrix or of neurons in float32, its scales where it is int8g32, and
-    the bytes of a tile's bundles. `decide` stays within it: a tile of a matrix, from TILE_NEURONS bundles at a time."""
+    """Scratch of one thread of torch: a tile of a matrix or of neurons in float32, its scales where it is int8g32 or,
+    of codes, what a part of it takes on its way; and the bytes of a tile's bundles. `decide` stays within it: a tile
+    of a matrix, from TILE_NEURONS bundles at a time."""
     tile = max(TILE_ROWS * widest, TILE_NEURONS * values)
     scales = -(-tile // BLOCK) + TILE_ROWS
-    return 4 * (tile + scales) + TILE_NEURONS * bundle
+    return 4 * tile + max(4 * scales, UNPACK_BYTES * -(-tile // UNPACK_PARTS)) + TILE_NEURONS * bundle
 
 
 NATIVE_GROWTH = 8 * MIB
@@ -58,7 +72,10 @@ TORCH_GROWTH = 32 * MIB
 NATIVE = Footprint(
     kv_unit=TILE_TOKENS,
     weights=lambda widest, values, bundle: 0,
-    scores=lambda f, context, threads: threads * native_scores(f.num_heads, f.num_kv_heads, f.head_dim, context),
+    scores=lambda f, context, threads: (
+        threads * native_scores(f.num_heads, f.num_kv_heads, f.head_dim, context)
+        + native_prepared(max(f.hidden_size, f.embed_size, f.num_heads * f.head_dim))
+    ),
     outputs=lambda threads: 0,
     growth=NATIVE_GROWTH,
 )

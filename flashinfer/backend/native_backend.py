@@ -2,7 +2,8 @@
 
 Every sum has one fixed order that depends on nothing but the lengths of the operands (`native/table.hpp`), so results
 are the same bits for decode and prefill, for any split of a prompt, number of threads and instruction set.
-Weights are multiplied straight from their bytes: this backend never holds them in another form.
+Weights are multiplied straight from their bytes: this backend never holds them in another form. `native_codec` says
+how codes are.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import numpy.typing as npt
 
 from flashinfer.backend.base import Bundle, Bytes, Floats, Index, Mask, Part
 from flashinfer.backend.footprint import NATIVE
+from flashinfer.backend.native_codec import native_codec
 from flashinfer.config import TILE_NEURONS, TILE_TOKENS, KvType
+from flashinfer.native._kernels import Codec as NativeCodec
 from flashinfer.native._kernels import Engine
-from flashinfer.quant import codec_named
+from flashinfer.quant import Codec, codec_named
 from flashinfer.store.facts import Activation
 from flashinfer.store.geometry import round_up
 
-CODECS = {"f32": 0, "f16": 1, "bf16": 2, "int8g32": 3}
 ACTIVATIONS: dict[Activation, int] = {
     "relu": 0, "relu2": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4, "gelu_quick": 5
 }  # fmt: skip
@@ -32,7 +34,7 @@ class Matrix:
     """Weights `[rows, cols]` in the bytes they have in the store."""
 
     raw: Bytes
-    codec: str
+    codec: str | Codec
     rows: int
     cols: int
 
@@ -74,7 +76,7 @@ class NativeBackend:
     def vector(self, values: Floats) -> Floats:
         return np.array(values, dtype=np.float32, order="C")
 
-    def matrix(self, raw: Bytes, codec: str, rows: int, cols: int, *, keep: bool) -> Matrix:
+    def matrix(self, raw: Bytes, codec: str | Codec, rows: int, cols: int, *, keep: bool) -> Matrix:
         return Matrix(raw, codec, rows, cols)
 
     def zeros(self, tokens: int, width: int) -> Floats:
@@ -91,7 +93,8 @@ class NativeBackend:
 
     def rows(self, weights: Matrix, ids: Index) -> Floats:
         picked = weights.raw.reshape(weights.rows, -1)[ids]
-        return codec_named(weights.codec).decode(picked, weights.cols)
+        codec = codec_named(weights.codec) if isinstance(weights.codec, str) else weights.codec
+        return codec.decode(picked, weights.cols)
 
     def close(self) -> None:
         self._engine.close()
@@ -99,7 +102,7 @@ class NativeBackend:
     # -- dense parts
 
     def linear(self, out: Floats, first: int, x: Floats, weights: Matrix) -> None:
-        self._engine.linear(out, first, x, weights.raw, CODECS[weights.codec], weights.rows, weights.cols)
+        self._engine.linear(out, first, x, weights.raw, native_codec(weights.codec), weights.rows, weights.cols)
 
     def add(self, x: Floats, y: Floats) -> Floats:
         return np.add(x, y, out=x)
@@ -168,6 +171,6 @@ class NativeBackend:
         self._engine.ffn(acc, x, fired, memory, offsets, bundle.bytes, *parts)
 
 
-def _place(part: Part | None) -> tuple[int, int]:
+def _place(part: Part | None) -> tuple[NativeCodec | None, int]:
     """Codec and byte offset of a part, as the kernels want it."""
-    return (0, -1) if part is None else (CODECS[part.codec], part.offset)
+    return (None, -1) if part is None else (native_codec(part.codec), part.offset)

@@ -24,6 +24,7 @@ from flashinfer.backend.torch_tiles import ACTIVATIONS, Kv, attend_tile, times
 from flashinfer.backend.torch_weights import DTYPES, Matrix, row_bytes, unpack
 from flashinfer.config import TILE_KEYS, TILE_NEURONS, TILE_ROWS, TILE_TOKENS, KvType
 from flashinfer.errors import DeviceError
+from flashinfer.quant import Codec
 from flashinfer.store.facts import Activation
 
 PARALLEL_WORK = 1 << 19
@@ -52,7 +53,7 @@ class TorchBackend:
     def vector(self, values: Floats) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._device)
 
-    def matrix(self, raw: Bytes, codec: str, rows: int, cols: int, *, keep: bool) -> Matrix:
+    def matrix(self, raw: Bytes, codec: str | Codec, rows: int, cols: int, *, keep: bool) -> Matrix:
         return Matrix(torch.from_numpy(raw).view(rows, -1).to(self._device), codec, cols)
 
     def zeros(self, tokens: int, width: int) -> Tensor:

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flashinfer.backend.footprint import UNPACK_PARTS
+from flashinfer.backend.torch_codes import unpack_codes
+from flashinfer.quant import Codec, Grouped, LlmInt8, codec_named
+from flashinfer.quant.int8 import INT8
 from flashinfer.quant.int8g32 import BLOCK
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -17,7 +21,7 @@ class Matrix:
     """Weights `[rows, cols]`: `raw` uint8 `[rows, bytes of a row]` in a codec."""
 
     raw: Tensor
-    codec: str
+    codec: str | Codec
     cols: int
 
     @property
@@ -26,19 +30,37 @@ class Matrix:
         return self.raw.shape[0], self.cols
 
 
-def row_bytes(codec: str, elements: int) -> int:
+def row_bytes(codec: str | Codec, elements: int) -> int:
     """Bytes of an encoded row."""
-    return (BLOCK + 2) * -(-elements // BLOCK) if codec == "int8g32" else elements * DTYPES[codec].itemsize
+    return (codec_named(codec) if isinstance(codec, str) else codec).row_bytes(elements)
 
 
-def unpack(raw: Tensor, codec: str, values: Tensor) -> Tensor:
-    """Encoded rows, uint8 `[n, bytes]` with any stride, as float32 `[n, elements]`. Writes and returns `values`."""
-    if codec == "int8g32":
+def unpack(raw: Tensor, codec: str | Codec, values: Tensor) -> Tensor:
+    """Encoded rows, uint8 `[n, bytes]` with any stride, as float32 `[n, elements]`, contiguous. Writes and returns
+    `values`, with the bits of the codec's `decode`."""
+    found = codec_named(codec) if isinstance(codec, str) else codec
+    if isinstance(found, Grouped | LlmInt8):
+        step = max(1, len(values) // UNPACK_PARTS)
+        for i in range(0, len(values), step):
+            _unpack_grouped(raw[i : i + step].to(values.device), found, values[i : i + step])
+        return values
+    if found.name == "int8g32":
         return _unpack_int8g32(raw, values)
-    if codec == "f32":  # byte by byte: behind 16-bit values it may start anywhere
+    if found.name == "f32":  # byte by byte: behind 16-bit values it may start anywhere
         values.view(torch.uint8).copy_(raw)
         return values
-    return values.copy_(raw.view(DTYPES[codec]))
+    return values.copy_(raw.view(DTYPES[found.name]))
+
+
+def _unpack_grouped(raw: Tensor, codec: Grouped | LlmInt8, values: Tensor) -> None:
+    if isinstance(codec, Grouped):
+        return unpack_codes(raw, codec.layout, values)
+    unpack_codes(raw, INT8.layout, values)
+    at, count = INT8.row_bytes(values.shape[1]), len(codec.outliers)
+    if count:
+        halves = raw[:, at : at + 2 * count].clone(memory_format=torch.contiguous_format).view(torch.float16)
+        values[:, list(codec.outliers)] = halves.float()
+    return None
 
 
 def _unpack_int8g32(raw: Tensor, values: Tensor) -> Tensor:

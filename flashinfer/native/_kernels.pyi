@@ -1,6 +1,7 @@
 """The CPU kernels. Arrays are C-contiguous; nothing is converted or copied. Every function that computes releases the
 GIL. Shapes that do not fit raise ValueError, types that do not TypeError."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,28 @@ _Index = npt.NDArray[np.int64]
 def available() -> list[str]:
     """The instruction sets this build and this processor have, the best first; "portable" always."""
 
+class Codec:
+    """How weights are coded."""
+
+    def __init__(self, type: int) -> None:
+        """0: f32, 1: f16, 2: bf16, 3: int8g32."""
+    @staticmethod
+    def codes(
+        bits: int,
+        group: int,
+        table: Sequence[float],
+        scale: int,
+        unit: float,
+        zero: bool,
+        map: Sequence[float],
+        outliers: Sequence[int],
+    ) -> Codec:
+        """Rows as `quant.layout.Layout` says. group: a power of two, 32 at least; 0: the row. scale: 0: f16, 1: f32,
+        2: e8m0, 3: nested, whose map is `map`. outliers: of `llm.int8`. ValueError for what no kernel knows."""
+    @property
+    def integers(self) -> bool:
+        """Whether products are of integers."""
+
 class Engine:
     """Kernels of one instruction set and a pool of threads, the caller's among them."""
 
@@ -24,8 +47,8 @@ class Engine:
     @property
     def scratch_bytes(self) -> int:
         """Bytes of activations and pointers kept between calls."""
-    def linear(self, out: _Floats, first: int, x: _Floats, weights: _Bytes, codec: int, rows: int, cols: int) -> None:
-        """`out[:, first : first + rows] = x @ weights.T`; codec 0: f32, 1: f16, 2: bf16, 3: int8g32."""
+    def linear(self, out: _Floats, first: int, x: _Floats, weights: _Bytes, codec: Codec, rows: int, cols: int) -> None:
+        """`out[:, first : first + rows] = x @ weights.T`."""
     def decide(
         self,
         out: _Floats,
@@ -34,9 +57,9 @@ class Engine:
         memory: _Bytes,
         offsets: _Index,
         bundle: int,
-        rows: int,
+        rows: Codec | None,
         rows_at: int,
-        bias: int,
+        bias: Codec | None,
         bias_at: int,
     ) -> None:
         """See `Backend.decide`. A bundle has `bundle` bytes; its parts are (codec, byte offset), below 0: none. Every
@@ -49,11 +72,11 @@ class Engine:
         memory: _Bytes,
         offsets: _Index,
         bundle: int,
-        up: int,
+        up: Codec | None,
         up_at: int,
-        bias: int,
+        bias: Codec | None,
         bias_at: int,
-        down: int,
+        down: Codec | None,
         down_at: int,
     ) -> None:
         """See `Backend.ffn`. A bundle has `bundle` bytes; its parts are (codec, byte offset), below 0: none."""

@@ -5,31 +5,48 @@
 
 namespace flashinfer {
 
-void Engine::linear(float* out, long out_stride, const float* x, long tokens, const std::uint8_t* weights, Codec codec,
-                    long rows, long cols) {
+Tokens Engine::prepare(const Codec& codec, const float* x, long tokens, long width) {
+    if (codec.type != Type::codes) return {x, width, nullptr, 0};
+    const CodeTable& codes = table_.codes;
+    const long size = codes.prepared_bytes(codec, width);
+    std::uint8_t* to = prepared_.get(tokens * size);
+    spread(tokens, tokens * width * 4, [&](int t, int) { codes.prepare(codec, x + t * width, width, to + t * size); });
+    return {x, width, to, size};
+}
+
+void Engine::dots(const Codec& codec, Rows rows, const Tokens& x, int tokens, float* out, long out_stride) const {
+    if (codec.type == Type::codes)
+        return table_.codes.dots(codec, rows, x.prepared, x.stride, tokens, x.width, out, out_stride);
+    rows.integers = integers_at(codec.type, x.width);
+    table_.dots(codec.type, rows, x.x, x.width, tokens, x.width, out, out_stride);
+}
+
+void Engine::linear(float* out, long out_stride, const float* x, long tokens, const std::uint8_t* weights,
+                    const Codec& codec, long rows, long cols) {
     auto lock = pool_.exclusive();
-    const long size = row_bytes(codec, cols);
+    const long size = codec.bytes(cols);
     const long share = std::clamp(round_up(ceil_div(rows, 4 * pool_.threads()), 8), 8L, MOST_ROWS);
-    spread(ceil_div(rows, share), rows * cols * tokens, [&](int task, int) {
-        const long first = task * share, count = std::min(share, rows - first);
-        const long ahead = std::min(AHEAD, rows - first - count);
-        const std::uint8_t* at[MOST_ROWS + AHEAD];
-        for (long r = 0; r < count + ahead; r++) at[r] = weights + (first + r) * size;
-        const Rows some{at, int(count), int(ahead), integers_at(codec, cols)};
-        table_.dots(codec, some, x, cols, int(tokens), cols, out + first, out_stride);
+    prepared(codec, x, tokens, cols, [&](long t, long many, const Tokens& input) {
+        spread(ceil_div(rows, share), rows * cols * many, [&](int task, int) {
+            const long first = task * share, count = std::min(share, rows - first);
+            const long ahead = std::min(AHEAD, rows - first - count);
+            const std::uint8_t* at[MOST_ROWS + AHEAD];
+            for (long r = 0; r < count + ahead; r++) at[r] = weights + (first + r) * size;
+            dots(codec, {at, int(count), int(ahead)}, input, int(many), out + t * out_stride + first, out_stride);
+        });
     });
 }
 
 // -- attention
 
-void Engine::append(std::uint8_t* cache, Codec codec, const float* x, long tokens, long heads, long capacity, long dim,
+void Engine::append(std::uint8_t* cache, Type type, const float* x, long tokens, long heads, long capacity, long dim,
                     long at) {
     auto lock = pool_.exclusive();
-    const long row = row_bytes(codec, dim);
+    const long row = row_bytes(type, dim);
     for (long t = 0; t < tokens; t++)
         for (long head = 0; head < heads; head++, x += dim) {
             std::uint8_t* to = cache + (head * capacity + at + t) * row;
-            codec == Codec::f16 ? table_.halve(to, x, dim) : void(std::memcpy(to, x, row));
+            type == Type::f16 ? table_.halve(to, x, dim) : void(std::memcpy(to, x, row));
         }
 }
 
@@ -49,7 +66,7 @@ void Engine::attend(float* out, const float* q, long tokens, const KeyValues& kv
 void Engine::attend_some(float* out, const float* q, long tokens, const KeyValues& kv, long first, long heads, long head,
                          float* scratch) {
     const long dim = kv.dim, group = heads / kv.heads, queries = tokens * group, stride = round_up(kv.capacity, 16);
-    const long row = row_bytes(kv.codec, dim), keys = first + tokens;
+    const long row = row_bytes(kv.type, dim), keys = first + tokens;
     const std::uint8_t *k = kv.k + head * kv.capacity * row, *v = kv.v + head * kv.capacity * row;
     float *scores = scratch, *scaled = scores + queries * stride, *sums = scaled + queries * dim, *totals = sums + queries * dim;
     const std::uint8_t* at[MOST_ROWS + AHEAD];
@@ -62,11 +79,11 @@ void Engine::attend_some(float* out, const float* q, long tokens, const KeyValue
         table_.scale(scaled + t * group * dim, q + (t * heads + head * group) * dim, group * dim,
                      1.0f / __builtin_sqrtf(float(dim)));
     for (long i = 0; i < keys; i += MOST_ROWS)
-        table_.dots(kv.codec, rows_at(k, i, keys), scaled, dim, int(queries), dim, scores + i, stride);
+        table_.dots(kv.type, rows_at(k, i, keys), scaled, dim, int(queries), dim, scores + i, stride);
     std::fill(sums, sums + queries * dim, 0.0f);
     auto add_values = [&](long query, long count, long from, long to) {
         for (long i = from; i < to; i += MOST_ROWS)
-            table_.sums(kv.codec, rows_at(v, i, to), scores + query * stride + i, stride, int(count), dim,
+            table_.sums(kv.type, rows_at(v, i, to), scores + query * stride + i, stride, int(count), dim,
                         sums + query * dim, dim);
     };
     for (long query = 0; query < queries; query++)
@@ -120,6 +137,6 @@ void Engine::copy(std::uint8_t* memory, const std::int64_t* targets, const std::
     });
 }
 
-long Engine::scratch_bytes() const { return rows_.bytes() + values_.bytes() + lists_.bytes() + attention_.bytes(); }
+long Engine::scratch_bytes() const { return rows_.bytes() + values_.bytes() + lists_.bytes() + attention_.bytes() + prepared_.bytes(); }
 
 }  // namespace flashinfer

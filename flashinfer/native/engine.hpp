@@ -1,6 +1,7 @@
 // The verbs of the backend: work split over threads such that the split cannot be seen in the results.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 
@@ -29,8 +30,18 @@ template <class T> class Scratch {
 };
 
 struct Part {
-    Codec codec;
+    const Codec* codec;
     long offset;  // in the bundle; below 0: there is none
+};
+
+// Activations of some tokens as products with a codec want them: as they are, or prepared for codes.
+struct Tokens {
+    const float* x;
+    long width;
+    const std::uint8_t* prepared;
+    long stride;  // bytes
+
+    Tokens from(long t) const { return {x + t * width, width, prepared + t * stride, stride}; }
 };
 
 struct Neurons {
@@ -51,7 +62,7 @@ struct Decision {
 
 struct KeyValues {
     const std::uint8_t *k, *v;  // [heads, capacity, dim]
-    Codec codec;
+    Type type;
     long heads, capacity, dim;
 };
 
@@ -60,8 +71,8 @@ class Engine {
     Engine(int threads, const Table& table) : table_(table), pool_(threads) {}
 
     // out[t, :rows] = x[t] @ weights.T; rows of `out` lie `out_stride` apart.
-    void linear(float* out, long out_stride, const float* x, long tokens, const std::uint8_t* weights, Codec codec,
-                long rows, long cols);
+    void linear(float* out, long out_stride, const float* x, long tokens, const std::uint8_t* weights,
+                const Codec& codec, long rows, long cols);
 
     // out[t, index] = x[t] . row + bias for each row, with the bits of `linear`; rows of `out` hold `neurons` values.
     void decide(float* out, long neurons, const float* x, long tokens, long width, const Decision& decision);
@@ -70,7 +81,7 @@ class Engine {
     void ffn(float* acc, const float* x, long tokens, long width, const Neurons& neurons);
 
     // Positions at, at + 1, ... of a cache of keys or values become `tokens` rows of x, [tokens, heads * dim].
-    void append(std::uint8_t* cache, Codec codec, const float* x, long tokens, long heads, long capacity, long dim,
+    void append(std::uint8_t* cache, Type type, const float* x, long tokens, long heads, long capacity, long dim,
                 long at);
 
     // Causal attention of tokens at positions first, first + 1, ...; q and out are [tokens, heads * dim].
@@ -93,8 +104,24 @@ class Engine {
     void close() { pool_.close(); }
 
    private:
-    void ffn_one(float* acc, const float* x, long width, const Neurons& neurons);
-    void ffn_tile(float* acc, const float* x, long tokens, long width, const Neurons& neurons, long tile);
+    // f(first token, tokens prepared for the codec), PREPARED_TOKENS at a time where it has codes, else all at once.
+    template <class F> void prepared(const Codec& codec, const float* x, long tokens, long width, const F& f) {
+        const long most = codec.type == Type::codes ? PREPARED_TOKENS : tokens;
+        for (long t = 0; t < tokens; t += most) {
+            const long some = std::min(most, tokens - t);
+            f(t, some, prepare(codec, x + t * width, some, width));
+        }
+    }
+    Tokens prepare(const Codec& codec, const float* x, long tokens, long width);
+
+    // Those of the table, for any codec; `sums` of columns [from, from + cols) of rows that begin at `rows.at`.
+    void dots(const Codec& codec, Rows rows, const Tokens& x, int tokens, float* out, long out_stride) const;
+    void sums(const Codec& codec, Rows rows, const float* h, long h_stride, int tokens, long width, long from, long cols,
+              float* acc, long acc_stride) const;
+
+    void ffn_one(float* acc, const Tokens& x, const Neurons& neurons);
+    void ffn_tile(float* acc, const Tokens& x, long tokens, const Neurons& neurons, long tile,
+                  const float* fired);
     void attend_some(float* out, const float* q, long tokens, const KeyValues& kv, long first, long heads, long head,
                      float* scratch);
 
@@ -112,6 +139,7 @@ class Engine {
     Scratch<float> values_;
     Scratch<std::int32_t> lists_;
     Scratch<float> attention_;
+    Scratch<std::uint8_t> prepared_;
 };
 
 }  // namespace flashinfer

@@ -8,9 +8,9 @@ namespace flashinfer {
 namespace {
 
 // products += bias, in one rounding: what adding the decoded value gives.
-void add_bias(const Table& table, Codec codec, const std::uint8_t* bias, float* products, long tokens, long stride) {
+void add_bias(const Table& table, Type type, const std::uint8_t* bias, float* products, long tokens, long stride) {
     const float one = 1;
-    table.sums(codec, {&bias, 1, 0}, &one, 0, int(tokens), 1, products, stride);
+    table.sums(type, {&bias, 1, 0}, &one, 0, int(tokens), 1, products, stride);
 }
 
 }  // namespace
@@ -25,29 +25,45 @@ void Engine::decide(float* out, long neurons, const float* x, long tokens, long 
             rows[count] = d.memory + d.offsets[i] + d.rows.offset;
             place[count++] = std::int32_t(d.index[i]);
         }
-    const long share = tokens == 1 ? GATHERED : MOST_ROWS, integers = integers_at(d.rows.codec, width);
-    spread(ceil_div(count, share), count * width * tokens, [&](int task, int) {
-        const long a = task * share, some = std::min(share, count - a);
-        const long ahead = tokens == 1 ? std::min(AHEAD, count - a - some) : 0;
-        const Rows wanted{rows + a, int(some), int(ahead), integers};
-        float products[TOKENS * MOST_ROWS];
-        for (long t = 0; t < tokens; t += TOKENS) {
-            const long many = std::min(TOKENS, tokens - t);
-            table_.dots(d.rows.codec, wanted, x + t * width, width, int(many), width, products, share);
-            for (long r = 0; r < some; r++) {
-                const std::uint8_t* bias = rows[a + r] - d.rows.offset + d.bias.offset;
-                if (d.bias.offset >= 0) add_bias(table_, d.bias.codec, bias, products + r, many, share);
-                float* to = out + t * neurons + place[a + r];
-                for (long i = 0; i < many; i++) to[i * neurons] = products[i * share + r];
+    const long share = tokens == 1 ? GATHERED : MOST_ROWS;
+    prepared(*d.rows.codec, x, tokens, width, [&](long first, long some_tokens, const Tokens& input) {
+        spread(ceil_div(count, share), count * width * some_tokens, [&](int task, int) {
+            const long a = task * share, some = std::min(share, count - a);
+            const long ahead = tokens == 1 ? std::min(AHEAD, count - a - some) : 0;
+            float products[TOKENS * MOST_ROWS];
+            for (long t = 0; t < some_tokens; t += TOKENS) {
+                const long many = std::min(TOKENS, some_tokens - t);
+                dots(*d.rows.codec, {rows + a, int(some), int(ahead)}, input.from(t), int(many), products, share);
+                for (long r = 0; r < some; r++) {
+                    const std::uint8_t* bias = rows[a + r] - d.rows.offset + d.bias.offset;
+                    if (d.bias.offset >= 0) add_bias(table_, d.bias.codec->type, bias, products + r, many, share);
+                    float* to = out + (first + t) * neurons + place[a + r];
+                    for (long i = 0; i < many; i++) to[i * neurons] = products[i * share + r];
+                }
             }
-        }
+        });
     });
+}
+
+// Columns [from, from + cols) of rows of any codec.
+void Engine::sums(const Codec& codec, Rows rows, const float* h, long h_stride, int tokens, long width, long from,
+                  long cols, float* acc, long acc_stride) const {
+    if (codec.type == Type::codes)
+        return table_.codes.sums(codec, rows, h, h_stride, tokens, width, from, cols, acc, acc_stride);
+    const std::uint8_t* at[MOST_ROWS + AHEAD];
+    for (long r = 0; r < rows.count + rows.ahead; r++) at[r] = rows.at[r] + column_at(codec.type, from);
+    table_.sums(codec.type, {at, rows.count, rows.ahead, integers_at(codec.type, width, from)}, h, h_stride, tokens,
+                cols, acc, acc_stride);
 }
 
 void Engine::ffn(float* acc, const float* x, long tokens, long width, const Neurons& neurons) {
     auto lock = pool_.exclusive();
-    if (tokens == 1) return ffn_one(acc, x, width, neurons);
-    for (long tile = 0; tile < neurons.tiles; tile++) ffn_tile(acc, x, tokens, width, neurons, tile);
+    static const Codec none;
+    prepared(neurons.up.offset < 0 ? none : *neurons.up.codec, x, tokens, width, [&](long t, long some, const Tokens& input) {
+        if (tokens == 1) return ffn_one(acc, input, neurons);
+        for (long tile = 0; tile < neurons.tiles; tile++)
+            ffn_tile(acc + t * width, input, some, neurons, tile, neurons.fired + (tile * tokens + t) * neurons.tile);
+    });
 }
 
 namespace {
@@ -61,7 +77,7 @@ void gate(const Table& table, float* h, const float* products, const std::uint8_
             const float one = 1;
             const std::uint8_t* at = bundles[i] + bias.offset;
             float b = 0;
-            table.dots(bias.codec, {&at, 1, 0}, &one, 1, 1, 1, &b, 1);
+            table.dots(bias.codec->type, {&at, 1, 0}, &one, 1, 1, 1, &b, 1);
             value += b;
         }
         h[i] *= value;
@@ -71,7 +87,8 @@ void gate(const Table& table, float* h, const float* products, const std::uint8_
 }  // namespace
 
 // One token. A neuron that fired exactly zero is left out, here as in prefill, so that it adds nothing in either.
-void Engine::ffn_one(float* acc, const float* x, long width, const Neurons& n) {
+void Engine::ffn_one(float* acc, const Tokens& x, const Neurons& n) {
+    const long width = x.width;
     const long most = n.tiles * n.tile;
     const std::uint8_t** bundles = rows_.get(3 * most);
     const std::uint8_t **ups = bundles + most, **downs = ups + most;
@@ -89,19 +106,15 @@ void Engine::ffn_one(float* acc, const float* x, long width, const Neurons& n) {
         spread(ceil_div(count, GATHERED), count * width, [&](int task, int) {
             const long a = task * GATHERED, b = std::min(count, a + GATHERED);
             const int ahead = int(std::min(AHEAD, count - b));
-            table_.dots(n.up.codec, {ups + a, int(b - a), ahead, integers_at(n.up.codec, width)}, x, width, 1, width,
-                        products + a, width);
+            dots(*n.up.codec, {ups + a, int(b - a), ahead}, x, 1, products + a, width);
             gate(table_, h + a, products + a, bundles + a, b - a, n.up_bias);
         });
     const long share = column_share(width, pool_.threads());
     spread(ceil_div(width, share), count * width, [&](int task, int) {
         const long from = task * share, cols = std::min(share, width - from);
-        const long at_column = column_at(n.down.codec, from), integers = integers_at(n.down.codec, width, from);
-        const std::uint8_t* at[MOST_ROWS + AHEAD];
         for (long i = 0; i < count; i += MOST_ROWS) {
             const long some = std::min(MOST_ROWS, count - i), ahead = std::min(AHEAD, count - i - some);
-            for (long r = 0; r < some + ahead; r++) at[r] = downs[i + r] + at_column;
-            table_.sums(n.down.codec, {at, int(some), int(ahead), integers}, h + i, 0, 1, cols, acc + from, width);
+            sums(*n.down.codec, {downs + i, int(some), int(ahead)}, h + i, 0, 1, width, from, cols, acc + from, width);
         }
     });
 }
@@ -145,16 +158,15 @@ template <class F> void by_need(const Lists& lists, long from, long to, const F&
 
 // Many tokens, one tile. What sums over columns or neurons is the order of one token, so it does not matter with whom
 // a token shares a pass over the weights.
-void Engine::ffn_tile(float* acc, const float* x, long tokens, long width, const Neurons& n, long tile) {
-    const long size = n.tile, groups = ceil_div(tokens, TOKENS);
-    const float* fired = n.fired + tile * tokens * size;
+void Engine::ffn_tile(float* acc, const Tokens& x, long tokens, const Neurons& n, long tile, const float* fired) {
+    const long size = n.tile, width = x.width, groups = ceil_div(tokens, TOKENS);
     std::int32_t* memory = lists_.get(tokens * (size + 1));
     const Lists lists{memory, memory + tokens * size, values_.get(tokens * size), size};
     const std::uint8_t* bundles[MOST_ROWS];
     for (long i = 0; i < size; i++) bundles[i] = n.memory + n.offsets[tile * size + i];
-    auto rows_of = [&](long t, long offset, long integers, const std::uint8_t** at) {
+    auto rows_of = [&](long t, long offset, const std::uint8_t** at) {
         for (long i = 0; i < lists.count[t]; i++) at[i] = bundles[lists.index[t * size + i]] + offset;
-        return Rows{at, lists.count[t], 0, integers};
+        return Rows{at, lists.count[t], 0};
     };
     spread(groups, tokens * size * width, [&](int task, int) {
         const long from = task * TOKENS, to = std::min(tokens, from + TOKENS);
@@ -163,9 +175,8 @@ void Engine::ffn_tile(float* acc, const float* x, long tokens, long width, const
         const std::uint8_t* at[MOST_ROWS];
         float products[TOKENS * MOST_ROWS];
         by_need(lists, from, to, [&](long t, long some) {
-            const Rows rows = rows_of(t, n.up.offset, integers_at(n.up.codec, width), at);
-            table_.dots(n.up.codec, rows, x + t * width, width, int(some), width, products, size);
-            rows_of(t, 0, 0, at);
+            dots(*n.up.codec, rows_of(t, n.up.offset, at), x.from(t), int(some), products, size);
+            rows_of(t, 0, at);
             for (long i = 0; i < some; i++)
                 gate(table_, lists.h + (t + i) * size, products + i * size, at, lists.count[t], n.up_bias);
         });
@@ -173,13 +184,11 @@ void Engine::ffn_tile(float* acc, const float* x, long tokens, long width, const
     const long share = column_share(width, pool_.threads());
     spread(ceil_div(width, share), tokens * size * width, [&](int task, int) {
         const long first = task * share, cols = std::min(share, width - first);
-        const long offset = n.down.offset + column_at(n.down.codec, first);
-        const long integers = integers_at(n.down.codec, width, first);
         const std::uint8_t* at[MOST_ROWS];
         for (long from = 0; from < tokens; from += TOKENS)
             by_need(lists, from, std::min(tokens, from + TOKENS), [&](long t, long some) {
-                const Rows rows = rows_of(t, offset, integers, at);
-                table_.sums(n.down.codec, rows, lists.h + t * size, size, int(some), cols, acc + t * width + first, width);
+                sums(*n.down.codec, rows_of(t, n.down.offset, at), lists.h + t * size, size, int(some), width, first, cols,
+                     acc + t * width + first, width);
             });
     });
 }

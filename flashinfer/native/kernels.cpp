@@ -16,7 +16,7 @@ constexpr int SUM_ROWS = 8;     // rows added to one load of the accumulator whe
 
 // Adds columns [from, to) of R rows and T tokens to their lanes. `from` is a multiple of SPAN. The tokens of `x` are
 // interleaved: sixteen columns of the first, of the second, ..., then the next sixteen.
-template <Codec C, int R, int T, bool AHEAD>
+template <Type C, int R, int T, bool AHEAD>
 FLASHINFER_INLINE void accumulate(const Raw* w, const Raw* next, long integers, const float* x, long from, long to,
                                   Lanes (&acc)[R][T]) {
     Scales<C, R> scales;
@@ -54,7 +54,7 @@ FLASHINFER_INLINE void accumulate(const Raw* w, const Raw* next, long integers, 
     }
 }
 
-template <Codec C, int R, bool AHEAD>
+template <Type C, int R, bool AHEAD>
 FLASHINFER_INLINE void decode_rows(const Raw* w, long integers, const float* x, long cols, float* out) {
     Lanes acc[R][1];
     for (int r = 0; r < R; r++) acc[r][0] = broadcast(0);
@@ -62,7 +62,7 @@ FLASHINFER_INLINE void decode_rows(const Raw* w, long integers, const float* x, 
     for (int r = 0; r < R; r++) out[r] = reduce(acc[r][0]);
 }
 
-template <Codec C> void decode_dots(Rows rows, const float* x, long cols, float* out) {
+template <Type C> void decode_dots(Rows rows, const float* x, long cols, float* out) {
     constexpr int R = DECODE_ROWS;
     int r = 0;
     for (; r + R <= rows.count; r += R) {
@@ -72,7 +72,7 @@ template <Codec C> void decode_dots(Rows rows, const float* x, long cols, float*
     for (; r < rows.count; r++) decode_rows<C, 1, false>(rows.at + r, rows.integers, x, cols, out + r);
 }
 
-template <Codec C, int R, int T>
+template <Type C, int R, int T>
 FLASHINFER_INLINE void add_block(const Raw* w, long integers, const float* x, long from, long to, Lanes* lanes) {
     Lanes acc[R][T];
 #pragma GCC unroll 32
@@ -92,7 +92,7 @@ template <int T> FLASHINFER_INLINE void interleave(float* to, const float* x, lo
 }
 
 // T tokens and a panel of rows, BLOCK columns at a time: the lanes wait in memory in between.
-template <Codec C, int T>
+template <Type C, int T>
 void panel_dots(const Raw* w, int rows, long integers, const float* x, long x_stride, long cols, float* out,
                 long out_stride) {
     alignas(64) float block[BLOCK * T];
@@ -110,7 +110,7 @@ void panel_dots(const Raw* w, int rows, long integers, const float* x, long x_st
         for (int t = 0; t < T; t++) out[t * out_stride + r] = reduce(lanes[r * T + t]);
 }
 
-template <Codec C>
+template <Type C>
 void dots_of(Rows rows, const float* x, long x_stride, int tokens, long cols, float* out, long out_stride) {
     int t = 0;
     for (; t + WIDE_TOKENS <= tokens; t += WIDE_TOKENS)
@@ -122,16 +122,16 @@ void dots_of(Rows rows, const float* x, long x_stride, int tokens, long cols, fl
     for (; t < tokens; t++) decode_dots<C>(rows, x + t * x_stride, cols, out + t * out_stride);
 }
 
-void dots(Codec codec, Rows rows, const float* x, long x_stride, int tokens, long cols, float* out, long out_stride) {
-    constexpr decltype(&dots_of<Codec::f32>) of[] = {dots_of<Codec::f32>, dots_of<Codec::f16>, dots_of<Codec::bf16>,
-                                                     dots_of<Codec::int8>};
-    of[int(codec)](rows, x, x_stride, tokens, cols, out, out_stride);
+void dots(Type type, Rows rows, const float* x, long x_stride, int tokens, long cols, float* out, long out_stride) {
+    constexpr decltype(&dots_of<Type::f32>) of[] = {dots_of<Type::f32>, dots_of<Type::f16>, dots_of<Type::bf16>,
+                                                     dots_of<Type::int8>};
+    of[int(type)](rows, x, x_stride, tokens, cols, out, out_stride);
 }
 
 // -- sums
 
 // One token: R rows are added to each load of the accumulator.
-template <Codec C, int R, bool AHEAD>
+template <Type C, int R, bool AHEAD>
 FLASHINFER_INLINE void add_rows(const Raw* w, long integers, const float* h, long cols, float* acc) {
     Scales<C, R> scales;
     Raw values[R];
@@ -154,7 +154,7 @@ FLASHINFER_INLINE void add_rows(const Raw* w, long integers, const float* h, lon
     store_part(acc + c, sum, int(cols - c));
 }
 
-template <Codec C> void decode_sums(Rows rows, const float* h, long cols, float* acc) {
+template <Type C> void decode_sums(Rows rows, const float* h, long cols, float* acc) {
     constexpr int R = SUM_ROWS;
     int r = 0;
     for (; r + R <= rows.count; r += R) {
@@ -166,7 +166,7 @@ template <Codec C> void decode_sums(Rows rows, const float* h, long cols, float*
 }
 
 // T tokens, L * LANES columns from `c` on (the first `width` of them where L is 1), all rows: sums stay in registers.
-template <Codec C, int T, int L>
+template <Type C, int T, int L>
 FLASHINFER_INLINE void add_columns(Rows rows, const float* h, long h_stride, long c, int width, float* acc,
                                    long acc_stride) {
     static_assert(L * LANES <= GROUP, "these columns have one scale");
@@ -198,7 +198,7 @@ FLASHINFER_INLINE void add_columns(Rows rows, const float* h, long h_stride, lon
     }
 }
 
-template <Codec C>
+template <Type C>
 void sums_of(Rows rows, const float* h, long h_stride, int tokens, long cols, float* acc, long acc_stride) {
     constexpr int T = WIDE_TOKENS, L = WIDE_COLUMNS;
     int t = 0;
@@ -214,17 +214,18 @@ void sums_of(Rows rows, const float* h, long h_stride, int tokens, long cols, fl
     for (; t < tokens; t++) decode_sums<C>(rows, h + t * h_stride, cols, acc + t * acc_stride);
 }
 
-void sums(Codec codec, Rows rows, const float* h, long h_stride, int tokens, long cols, float* acc, long acc_stride) {
-    constexpr decltype(&sums_of<Codec::f32>) of[] = {sums_of<Codec::f32>, sums_of<Codec::f16>, sums_of<Codec::bf16>,
-                                                     sums_of<Codec::int8>};
-    of[int(codec)](rows, h, h_stride, tokens, cols, acc, acc_stride);
+void sums(Type type, Rows rows, const float* h, long h_stride, int tokens, long cols, float* acc, long acc_stride) {
+    constexpr decltype(&sums_of<Type::f32>) of[] = {sums_of<Type::f32>, sums_of<Type::f16>, sums_of<Type::bf16>,
+                                                     sums_of<Type::int8>};
+    of[int(type)](rows, h, h_stride, tokens, cols, acc, acc_stride);
 }
 
 #include "vectors.hpp"
 
 }  // namespace
 
+extern const CodeTable code_table;
 extern const Table table;
-const Table table = {FLASHINFER_NAME, dots, sums, softmax, scale, divide, norm, rotate, halve, activate};
+const Table table = {FLASHINFER_NAME, code_table, dots, sums, softmax, scale, divide, norm, rotate, halve, activate};
 
 }  // namespace flashinfer::FLASHINFER_ISA

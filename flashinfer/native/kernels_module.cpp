@@ -32,9 +32,14 @@ void require(bool holds, const char* what) {
     if (!holds) throw nb::value_error(what);
 }
 
-Codec codec_of(int number) {
-    require(number >= 0 && number <= int(Codec::int8), "no such codec");
-    return Codec(number);
+void plain_codec(Codec* self, int type) {
+    require(type >= 0 && type < int(Type::codes), "no such codec");
+    new (self) Codec();
+    self->type = Type(type);
+}
+
+void require_outliers(const Codec& codec, long columns) {
+    require(codec.outliers.empty() || codec.outliers.back() < columns, "an outlier beyond the columns");
 }
 
 std::vector<std::string> available() {
@@ -57,21 +62,24 @@ void construct(Engine* self, int threads, const std::string& name) {
     new (self) Engine(threads, table_named(name));
 }
 
-void linear(Engine& self, Floats out, long first, ConstFloats x, Bytes weights, int codec, long rows, long cols) {
-    const Codec c = codec_of(codec);
-    require(rows >= 0 && cols >= 1 && long(weights.size()) >= rows * row_bytes(c, cols), "weights: too few bytes");
+void linear(Engine& self, Floats out, long first, ConstFloats x, Bytes weights, const Codec& codec, long rows,
+            long cols) {
+    require_outliers(codec, cols);
+    require(rows >= 0 && cols >= 1 && long(weights.size()) >= rows * codec.bytes(cols), "weights: too few bytes");
     require(long(x.shape(1)) == cols && x.shape(0) == out.shape(0), "x does not fit the weights or out");
     require(first >= 0 && first + rows <= long(out.shape(1)), "out has no place for these rows");
     nb::gil_scoped_release free;
-    self.linear(out.data() + first, out.shape(1), x.data(), x.shape(0), weights.data(), c, rows, cols);
+    self.linear(out.data() + first, out.shape(1), x.data(), x.shape(0), weights.data(), codec, rows, cols);
 }
 
 void require_row(const Part& part, long values, long bundle) {
-    require(part.offset < 0 || part.offset + row_bytes(part.codec, values) <= bundle, "a part ends behind its bundle");
+    require(part.offset < 0 || part.codec, "a part needs its codec");
+    require(part.offset < 0 || part.offset + part.codec->bytes(values) <= bundle, "a part ends behind its bundle");
+    if (part.offset >= 0) require_outliers(*part.codec, values);
 }
 
 void require_bias(const Part& part, long bundle) {
-    require(part.offset < 0 || part.codec != Codec::int8, "a bias is not int8");
+    require(part.offset < 0 || !part.codec || part.codec->type < Type::int8, "a bias is f32, f16 or bf16");
     require_row(part, 1, bundle);
 }
 
@@ -81,10 +89,10 @@ void require_bundles(const Bytes& memory, const Index& offsets, long bundle) {
         require(offsets.data()[i] >= 0 && offsets.data()[i] <= last, "a bundle lies outside of the memory");
 }
 
-void decide(Engine& self, Floats out, ConstFloats x, Index index, Bytes memory, Index offsets, long bundle, int rows,
-            long rows_at, int bias, long bias_at) {
+void decide(Engine& self, Floats out, ConstFloats x, Index index, Bytes memory, Index offsets, long bundle, const Codec* rows,
+            long rows_at, const Codec* bias, long bias_at) {
     const long width = x.shape(1), neurons = out.shape(1);
-    const Part parts[] = {{codec_of(rows), rows_at}, {codec_of(bias), bias_at}};
+    const Part parts[] = {{rows, rows_at}, {bias, bias_at}};
     require(rows_at >= 0, "a bundle needs its decision row");
     require_row(parts[0], width, bundle);
     require_bias(parts[1], bundle);
@@ -100,9 +108,9 @@ void decide(Engine& self, Floats out, ConstFloats x, Index index, Bytes memory, 
 
 // Parts are (codec, byte offset in the bundle), the offset below 0 where there is none.
 void ffn(Engine& self, Floats acc, ConstFloats x, Array<const float, 3> fired, Bytes memory, Index offsets, long bundle,
-         int up, long up_at, int bias, long bias_at, int down, long down_at) {
+         const Codec* up, long up_at, const Codec* bias, long bias_at, const Codec* down, long down_at) {
     const long tokens = x.shape(0), width = x.shape(1);
-    const Part parts[] = {{codec_of(up), up_at}, {codec_of(bias), bias_at}, {codec_of(down), down_at}};
+    const Part parts[] = {{up, up_at}, {bias, bias_at}, {down, down_at}};
     require_row(parts[0], width, bundle);
     require_bias(parts[1], bundle);
     require_row(parts[2], width, bundle);
@@ -117,26 +125,26 @@ void ffn(Engine& self, Floats acc, ConstFloats x, Array<const float, 3> fired, B
               parts[1], parts[2]});
 }
 
-Codec cache_codec(nb::dlpack::dtype type) {
+Type cache_type(nb::dlpack::dtype type) {
     require(type == nb::dtype<std::uint16_t>() || type == nb::dtype<float>(), "a cache is float32, or float16 seen as uint16");
-    return type == nb::dtype<float>() ? Codec::f32 : Codec::f16;
+    return type == nb::dtype<float>() ? Type::f32 : Type::f16;
 }
 
 void append(Engine& self, OpenCache cache, long at, ConstFloats x, long skip, long count) {
-    const Codec codec = cache_codec(cache.dtype());
+    const Type type = cache_type(cache.dtype());
     const long heads = cache.shape(0), capacity = cache.shape(1), dim = cache.shape(2);
     require(long(x.shape(1)) == heads * dim, "x does not fit the cache");
     require(skip >= 0 && count >= 0 && skip + count <= long(x.shape(0)), "x has no such rows");
     require(at >= 0 && at + count <= capacity, "positions beyond the cache");
     nb::gil_scoped_release free;
-    self.append(static_cast<std::uint8_t*>(cache.data()), codec, x.data() + skip * heads * dim, count, heads, capacity,
+    self.append(static_cast<std::uint8_t*>(cache.data()), type, x.data() + skip * heads * dim, count, heads, capacity,
                 dim, at);
 }
 
 void attend(Engine& self, Floats out, ConstFloats q, Cache k, Cache v, long first, long heads) {
     for (int i = 0; i < 3; i++) require(k.dtype() == v.dtype() && k.shape(i) == v.shape(i), "keys and values differ");
     const KeyValues kv{static_cast<const std::uint8_t*>(k.data()), static_cast<const std::uint8_t*>(v.data()),
-                       cache_codec(k.dtype()), long(k.shape(0)), long(k.shape(1)), long(k.shape(2))};
+                       cache_type(k.dtype()), long(k.shape(0)), long(k.shape(1)), long(k.shape(2))};
     const long tokens = q.shape(0);
     require(out.shape(0) == q.shape(0) && out.shape(1) == q.shape(1) && long(q.shape(1)) == heads * kv.dim,
             "q or out is not [tokens, heads * dim]");
@@ -191,6 +199,11 @@ void fire(Engine& self, Array<float, 3> out, ConstFloats gate, int activation, I
 
 NB_MODULE(_kernels, m) {
     m.def("available", available);
+    nb::class_<Codec>(m, "Codec")
+        .def("__init__", plain_codec, "type"_a)
+        .def_static("codes", code_codec, "bits"_a, "group"_a, "table"_a, "scale"_a, "unit"_a, "zero"_a, "map"_a,
+                    "outliers"_a)
+        .def_ro("integers", &Codec::fixed);
     nb::class_<Engine>(m, "Engine")
         .def("__init__", construct, "threads"_a, "instructions"_a = "")
         .def_prop_ro("name", &Engine::name)
@@ -199,9 +212,9 @@ NB_MODULE(_kernels, m) {
         .def("linear", linear, "out"_a.noconvert(), "first"_a, "x"_a.noconvert(), "weights"_a.noconvert(), "codec"_a,
              "rows"_a, "cols"_a)
         .def("decide", decide, "out"_a.noconvert(), "x"_a.noconvert(), "index"_a.noconvert(), "memory"_a.noconvert(),
-             "offsets"_a.noconvert(), "bundle"_a, "rows"_a, "rows_at"_a, "bias"_a, "bias_at"_a)
+             "offsets"_a.noconvert(), "bundle"_a, "rows"_a.none(), "rows_at"_a, "bias"_a.none(), "bias_at"_a)
         .def("ffn", ffn, "acc"_a.noconvert(), "x"_a.noconvert(), "fired"_a.noconvert(), "memory"_a.noconvert(),
-             "offsets"_a.noconvert(), "bundle"_a, "up"_a, "up_at"_a, "bias"_a, "bias_at"_a, "down"_a, "down_at"_a)
+             "offsets"_a.noconvert(), "bundle"_a, "up"_a.none(), "up_at"_a, "bias"_a.none(), "bias_at"_a, "down"_a.none(), "down_at"_a)
         .def("append", append, "cache"_a.noconvert(), "at"_a, "x"_a.noconvert(), "skip"_a, "count"_a)
         .def("attend", attend, "out"_a.noconvert(), "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "first"_a,
              "heads"_a)

@@ -25,7 +25,7 @@ namespace flashinfer::FLASHINFER_ISA {
 constexpr int LANES = 16;
 using Raw = const std::uint8_t*;
 
-template <Codec C> constexpr long SIZE = value_bytes(C);
+template <Type C> constexpr long SIZE = value_bytes(C);
 
 #if defined(FLASHINFER_AVX512)
 
@@ -52,19 +52,19 @@ FLASHINFER_INLINE Lanes exponent(Lanes t) {
     return {_mm512_castsi512_ps(_mm512_add_epi32(shifted, _mm512_set1_epi32(0x3f800000)))};
 }
 
-template <Codec C> FLASHINFER_INLINE Lanes widened(__m256i half) {
-    if constexpr (C == Codec::f16) return {_mm512_cvtph_ps(half)};
+template <Type C> FLASHINFER_INLINE Lanes widened(__m256i half) {
+    if constexpr (C == Type::f16) return {_mm512_cvtph_ps(half)};
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
 }
 FLASHINFER_INLINE Lanes integers(__m128i bytes) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))}; }
-template <Codec C> FLASHINFER_INLINE Lanes load(Raw p) {
-    if constexpr (C == Codec::f32) return {_mm512_loadu_ps(p)};
-    else if constexpr (C == Codec::int8) return integers(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+template <Type C> FLASHINFER_INLINE Lanes load(Raw p) {
+    if constexpr (C == Type::f32) return {_mm512_loadu_ps(p)};
+    else if constexpr (C == Type::int8) return integers(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     else return widened<C>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-template <Codec C> FLASHINFER_INLINE Lanes load_part(Raw p, int n) {
-    if constexpr (C == Codec::f32) return {_mm512_maskz_loadu_ps((1u << n) - 1, p)};
-    else if constexpr (C == Codec::int8) return integers(_mm_maskz_loadu_epi8((1u << n) - 1, p));
+template <Type C> FLASHINFER_INLINE Lanes load_part(Raw p, int n) {
+    if constexpr (C == Type::f32) return {_mm512_maskz_loadu_ps((1u << n) - 1, p)};
+    else if constexpr (C == Type::int8) return integers(_mm_maskz_loadu_epi8((1u << n) - 1, p));
     else return widened<C>(_mm256_maskz_loadu_epi16((1u << n) - 1, p));
 }
 FLASHINFER_INLINE void store_half(std::uint8_t* p, Lanes a) {
@@ -102,15 +102,15 @@ FLASHINFER_INLINE __m256 exponent_half(__m256 t) {
 }
 FLASHINFER_INLINE Lanes exponent(Lanes t) { return {exponent_half(t.a), exponent_half(t.b)}; }
 
-template <Codec C> FLASHINFER_INLINE __m256 load_half(Raw p) {
-    if constexpr (C == Codec::f32) return _mm256_loadu_ps(reinterpret_cast<const float*>(p));
-    if constexpr (C == Codec::int8)
+template <Type C> FLASHINFER_INLINE __m256 load_half(Raw p) {
+    if constexpr (C == Type::f32) return _mm256_loadu_ps(reinterpret_cast<const float*>(p));
+    if constexpr (C == Type::int8)
         return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
     __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    if constexpr (C == Codec::f16) return _mm256_cvtph_ps(half);
+    if constexpr (C == Type::f16) return _mm256_cvtph_ps(half);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
-template <Codec C> FLASHINFER_INLINE Lanes load(Raw p) { return {load_half<C>(p), load_half<C>(p + 8 * SIZE<C>)}; }
+template <Type C> FLASHINFER_INLINE Lanes load(Raw p) { return {load_half<C>(p), load_half<C>(p + 8 * SIZE<C>)}; }
 FLASHINFER_INLINE void store_half(std::uint8_t* p, Lanes x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16), _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
@@ -143,18 +143,18 @@ FLASHINFER_INLINE Lanes exponent(Lanes t) {
     FLASHINFER_EACH(vreinterpretq_f32_s32(
         vaddq_s32(vshlq_n_s32(vreinterpretq_s32_f32(t.v[i]), 23), vdupq_n_s32(0x3f800000))));
 }
-template <Codec C> FLASHINFER_INLINE float32x4_t load_quarter(Raw p) {
-    if constexpr (C == Codec::f32) return vreinterpretq_f32_u8(vld1q_u8(p));
+template <Type C> FLASHINFER_INLINE float32x4_t load_quarter(Raw p) {
+    if constexpr (C == Type::f32) return vreinterpretq_f32_u8(vld1q_u8(p));
     uint16x4_t half = vreinterpret_u16_u8(vld1_u8(p));
-    if constexpr (C == Codec::f16) return vcvt_f32_f16(vreinterpret_f16_u16(half));
+    if constexpr (C == Type::f16) return vcvt_f32_f16(vreinterpret_f16_u16(half));
     return vreinterpretq_f32_u32(vshll_n_u16(half, 16));
 }
 FLASHINFER_INLINE Lanes integers(int8x16_t bytes) {
     int16x8_t wide[2] = {vmovl_s8(vget_low_s8(bytes)), vmovl_s8(vget_high_s8(bytes))};
     FLASHINFER_EACH(vcvtq_f32_s32(vmovl_s16(i % 2 ? vget_high_s16(wide[i / 2]) : vget_low_s16(wide[i / 2]))));
 }
-template <Codec C> FLASHINFER_INLINE Lanes load(Raw p) {
-    if constexpr (C == Codec::int8) return integers(vreinterpretq_s8_u8(vld1q_u8(p)));
+template <Type C> FLASHINFER_INLINE Lanes load(Raw p) {
+    if constexpr (C == Type::int8) return integers(vreinterpretq_s8_u8(vld1q_u8(p)));
     else { FLASHINFER_EACH(load_quarter<C>(p + i * 4 * SIZE<C>)); }
 }
 #undef FLASHINFER_EACH
@@ -218,17 +218,17 @@ FLASHINFER_INLINE void store_half(std::uint8_t* p, Lanes a) {
         std::memcpy(p + 2 * i, &half, 2);
     }
 }
-template <Codec C> FLASHINFER_INLINE Lanes load(Raw p) {
+template <Type C> FLASHINFER_INLINE Lanes load(Raw p) {
     Lanes r;
     for (int i = 0; i < LANES; i++) {
-        if constexpr (C == Codec::f32) {
+        if constexpr (C == Type::f32) {
             std::memcpy(&r.v[i], p + 4 * i, 4);
-        } else if constexpr (C == Codec::int8) {
+        } else if constexpr (C == Type::int8) {
             r.v[i] = float(std::int8_t(p[i]));
         } else {
             std::uint16_t half;
             std::memcpy(&half, p + 2 * i, 2);
-            r.v[i] = C == Codec::f16 ? half_to_float(half) : from_bits(std::uint32_t(half) << 16);
+            r.v[i] = C == Type::f16 ? half_to_float(half) : from_bits(std::uint32_t(half) << 16);
         }
     }
     return r;
@@ -243,7 +243,7 @@ FLASHINFER_INLINE float reduce(Lanes a) {
 #endif
 
 #if !defined(FLASHINFER_AVX512)  // no masks: through a buffer
-template <Codec C> FLASHINFER_INLINE Lanes load_part(Raw p, int n) {
+template <Type C> FLASHINFER_INLINE Lanes load_part(Raw p, int n) {
     std::uint8_t buffer[LANES * 4] = {};
     std::memcpy(buffer, p, n * SIZE<C>);
     return load<C>(buffer);
@@ -255,8 +255,8 @@ FLASHINFER_INLINE void store_part(float* p, Lanes a, int n) {
 }
 #endif
 
-FLASHINFER_INLINE Lanes load(const float* p) { return load<Codec::f32>(reinterpret_cast<Raw>(p)); }
-FLASHINFER_INLINE Lanes load_part(const float* p, int n) { return load_part<Codec::f32>(reinterpret_cast<Raw>(p), n); }
+FLASHINFER_INLINE Lanes load(const float* p) { return load<Type::f32>(reinterpret_cast<Raw>(p)); }
+FLASHINFER_INLINE Lanes load_part(const float* p, int n) { return load_part<Type::f32>(reinterpret_cast<Raw>(p), n); }
 
 // e^x within 2 ulp, subnormal results included; NaN stays NaN. 2^(2n) in two factors, so that neither overflows.
 FLASHINFER_INLINE Lanes exp(Lanes x) {

@@ -3,26 +3,11 @@
 
 #include <cstdint>
 
+#include "codec.hpp"
+
 namespace flashinfer {
 
-enum class Codec : int { f32, f16, bf16, int8 };
 enum class Activation : int { relu, relu2, silu, gelu, gelu_tanh, gelu_quick };
-
-constexpr long GROUP = 32;  // columns of int8 that share a scale
-constexpr long value_bytes(Codec codec) { return codec == Codec::f32 ? 4 : codec == Codec::int8 ? 1 : 2; }
-
-// An int8 row is its float16 scales, then its integers, both in whole blocks; other rows are their values.
-constexpr long row_bytes(Codec codec, long columns) {
-    return codec == Codec::int8 ? (columns + GROUP - 1) / GROUP * (GROUP + 2) : columns * value_bytes(codec);
-}
-// Where in a row what belongs to a column begins, a multiple of GROUP: its scale, or its value.
-constexpr long column_at(Codec codec, long column) {
-    return codec == Codec::int8 ? column / GROUP * 2 : column * value_bytes(codec);
-}
-// How far behind that its integer lies.
-constexpr long integers_at(Codec codec, long columns, long column = 0) {
-    return codec == Codec::int8 ? (columns + GROUP - 1) / GROUP * 2 + column - column / GROUP * 2 : 0;
-}
 
 // Rows of weights anywhere in memory, unaligned. `ahead` more follow in `at`: they come next, and may be prefetched.
 struct Rows {
@@ -32,14 +17,30 @@ struct Rows {
     long integers = 0;  // of int8: bytes from the first scale to the first integer
 };
 
+// Of rows of codes, which begin at `rows.at` and have `width` columns.
+struct CodeTable {
+    // x as `dots` wants it.
+    long (*prepared_bytes)(const Codec&, long width);
+    void (*prepare)(const Codec&, const float* x, long width, std::uint8_t* out);
+
+    // As those of `Table`; a token every `x_stride` bytes.
+    void (*dots)(const Codec&, Rows, const std::uint8_t* x, long x_stride, int tokens, long width, float* out,
+                 long out_stride);
+
+    // Columns [from, from + cols), `from` a multiple of GROUP, of up to MOST_ROWS rows.
+    void (*sums)(const Codec&, Rows, const float* h, long h_stride, int tokens, long width, long from, long cols,
+                 float* acc, long acc_stride);
+};
+
 struct Table {
     const char* name;
+    const CodeTable& codes;
 
     // out[t, r] = x[t, :] . row r. The sum over columns has one order, whatever the numbers of rows and tokens.
-    void (*dots)(Codec, Rows, const float* x, long x_stride, int tokens, long cols, float* out, long out_stride);
+    void (*dots)(Type, Rows, const float* x, long x_stride, int tokens, long cols, float* out, long out_stride);
 
     // acc[t, :] += h[t, r] * row r, one row after the other.
-    void (*sums)(Codec, Rows, const float* h, long h_stride, int tokens, long cols, float* acc, long acc_stride);
+    void (*sums)(Type, Rows, const float* h, long h_stride, int tokens, long cols, float* acc, long acc_stride);
 
     // values = e^(values - their maximum); returns their sum.
     float (*softmax)(float* values, long count);

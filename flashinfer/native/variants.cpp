@@ -20,7 +20,7 @@ Variants variants() {
 #ifdef FLASHINFER_HAS_AVX512
         {&avx512::table, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                             __builtin_cpu_supports("f16c")},
+                             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("f16c")},
 #endif
 #ifdef FLASHINFER_HAS_AVX2
         {&avx2::table,

@@ -8,7 +8,8 @@ constexpr long MOST_ROWS = 64;            // rows of weights in one task
 constexpr long AHEAD = 8;                 // rows a kernel may prefetch behind its own
 constexpr long GATHERED = 16;             // neurons of one task when there is one token
 constexpr long TOKENS = 8;                // tokens of one task when there are more
-constexpr long ROUND = 32;                // columns are split at multiples of this: whole lines of f16, a group of int8
+constexpr long PREPARED_TOKENS = 64;      // tokens prepared together for products with codes
+constexpr long ROUND = 128;               // columns are split at multiples of this: whole lines of f16 and of nibbles
 
 constexpr long ceil_div(long a, long b) { return (a + b - 1) / b; }
 constexpr long round_up(long a, long b) { return ceil_div(a, b) * b; }

@@ -9,6 +9,7 @@ import pytest
 
 from flashinfer.backend import Backend, Bundle, Part
 from flashinfer.config import TILE_NEURONS
+from flashinfer.quant import Codec
 from tests.backend.reference import activated, attended, encoded, normed, unaligned
 
 TOKENS = [1, 16, 48]
@@ -26,17 +27,27 @@ def near(found: Any, expected: Any, tolerance: float = 2e-5) -> bool:
 class Layer:
     """Bundles of a layer in any order, in a memory that starts at an odd address with a bundle of zeros.
 
-    decision: the decision matrix is in the bundles, too; `bias` is of both.
+    decision: the decision matrix is in the bundles, too; `bias` is of both. down: the codec of the down rows, where it
+    is another one.
     """
 
     def __init__(
-        self, codec: str, neurons: int, width: int, *, gated: bool, bias: bool, decision: bool = False, seed: int = 1
+        self,
+        codec: str | Codec,
+        neurons: int,
+        width: int,
+        *,
+        gated: bool,
+        bias: bool,
+        decision: bool = False,
+        seed: int = 1,
+        down: str | Codec | None = None,
     ) -> None:
         self.up, self.down, self.bias, self.decision_bias = None, None, None, None
         self.raw_decision = np.zeros((0, 0), np.uint8)
         columns, parts, at = [], {}, 0
         for name, elements, wanted, kind in [
-            ("up", width, gated, codec), ("down", width, True, codec), ("bias", 1, gated and bias, "f32"),
+            ("up", width, gated, codec), ("down", width, True, down or codec), ("bias", 1, gated and bias, "f32"),
             ("decision", width, decision, codec), ("decision_bias", 1, decision and bias, "f32"),
         ]:  # fmt: skip
             if wanted:
@@ -343,7 +354,7 @@ class BackendConformance:
         backend.close()
 
 
-def everything(backend: Backend, tokens: int, codec: str = "f16", width: int = 280, seed: int = 1) -> list[Any]:
+def everything(backend: Backend, tokens: int, codec: str | Codec = "f16", width: int = 280, seed: int = 1) -> list[Any]:
     """One result of every verb whose work may be split, large enough to be."""
     heads, dim = 4, width // 4
     x = backend.place(normal(seed, tokens, width))

@@ -8,15 +8,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flashinfer.quant import codec_named
+from flashinfer.quant import Codec, codec_named
 
 Array = npt.NDArray[Any]
 
 
-def encoded(values: Array, codec: str) -> tuple[npt.NDArray[np.uint8], Array]:
+def encoded(values: Array, codec: str | Codec) -> tuple[npt.NDArray[np.uint8], Array]:
     """Rows as bytes `[rows, row bytes]`, and the values those stand for."""
-    raw = codec_named(codec).encode(values.astype(np.float32))
-    return raw, codec_named(codec).decode(raw, values.shape[1]).astype(np.float64)
+    coder = codec_named(codec) if isinstance(codec, str) else codec
+    raw = coder.encode(values.astype(np.float32))
+    return raw, coder.decode(raw, values.shape[1]).astype(np.float64)
+
+
+def rounding_bound(x: Array, values: Array, of_largest: float) -> Array:
+    """How far products of x `[tokens, cols]` with rows may lie off where each x is by `of_largest` times the largest of
+    its 32 columns, and sums are float32."""
+    pad = -x.shape[1] % 32
+    largest = np.abs(np.pad(x, ((0, 0), (0, pad)))).reshape(len(x), -1, 32).max(axis=2)
+    off = np.repeat(largest, 32, axis=1)[:, : x.shape[1]] * of_largest
+    sums = 1e-6 * np.abs(x) @ np.abs(values).T
+    return off @ np.abs(values).T + sums + 1e-30
 
 
 def unaligned(raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashinfer.backend import Backend, Bundle, Part
-from flashinfer.quant import codec_named
+from flashinfer.backend.footprint import native_prepared
+from flashinfer.quant import Codec, LlmInt8, codec_named
+from flashinfer.quant.nf4 import TABLE
 from tests.backend.backend_conformance import (
     CODECS,
     BackendConformance,
@@ -24,12 +26,17 @@ from tests.backend.backend_conformance import (
     same,
     tiles_of,
 )
+from tests.backend.code_conformance import CODES, CodeConformance, name_of
 from tests.backend.reference import encoded, unaligned
 
 kernels = pytest.importorskip("flashinfer.native._kernels", reason="the native core is not built here")
 from flashinfer.backend.native_backend import NativeBackend  # noqa: E402
+from flashinfer.backend.native_codec import native_codec  # noqa: E402
 
 AVAILABLE = kernels.available()
+FEW_COLUMNS = LlmInt8((0,))
+"""llm.int8 for any width."""
+ALL_CODECS: list[str | Codec] = [*CODECS, *CODES[:-1], FEW_COLUMNS]
 
 
 class TestBest(BackendConformance):
@@ -37,8 +44,7 @@ class TestBest(BackendConformance):
         return NativeBackend(threads)
 
 
-@pytest.mark.parametrize("instructions", AVAILABLE[1:], scope="class")
-class TestEach(BackendConformance):
+class Chosen:
     """The other instruction sets."""
 
     @pytest.fixture(autouse=True)
@@ -47,6 +53,17 @@ class TestEach(BackendConformance):
 
     def make(self, threads: int) -> Backend:
         return NativeBackend(threads, self.instructions)
+
+
+@pytest.mark.parametrize("instructions", AVAILABLE[1:], scope="class")
+class TestEach(Chosen, BackendConformance):
+    pass
+
+
+@pytest.mark.parametrize("instructions", AVAILABLE, scope="class")
+class TestCodes(Chosen, CodeConformance):
+    def rounding(self, codec: str | Codec) -> float:
+        return 2.0**-16 if native_codec(codec).integers else 0.0
 
 
 def test_the_best_instruction_set_is_the_default() -> None:
@@ -66,7 +83,7 @@ def backends():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    codec=st.sampled_from(CODECS),
+    codec=st.sampled_from(ALL_CODECS),
     rows=st.integers(1, 70),
     cols=st.integers(1, 1200),
     tokens=st.integers(1, 37),
@@ -92,7 +109,7 @@ def test_linear_is_the_same_bits_for_any_tokens_rows_and_instructions(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    codec=st.sampled_from(CODECS),
+    codec=st.sampled_from(ALL_CODECS),
     neurons=st.integers(1, 150),
     width=st.integers(1, 300),
     tokens=st.integers(1, 35),
@@ -124,7 +141,7 @@ def test_ffn_is_the_same_bits_however_it_is_cut(backends, codec, neurons, width,
 
 @settings(max_examples=60, deadline=None)
 @given(
-    codec=st.sampled_from(CODECS),
+    codec=st.sampled_from(ALL_CODECS),
     neurons=st.integers(1, 150),
     width=st.integers(1, 700),
     tokens=st.integers(1, 35),
@@ -194,8 +211,8 @@ def test_attention_is_the_same_bits_token_by_token(backends, dtype, kv_heads, gr
     assert all(same(r, results[0]) for r in results[1:])
 
 
-@pytest.mark.parametrize("codec", CODECS)
-def test_instruction_sets_agree_on_everything(backends, codec: str) -> None:
+@pytest.mark.parametrize("codec", ALL_CODECS, ids=name_of)
+def test_instruction_sets_agree_on_everything(backends, codec: str | Codec) -> None:
     for tokens in (1, 32):
         results = [everything(backend, tokens, codec, width=268) for backend in backends]
         for other in results[1:]:
@@ -278,19 +295,43 @@ def test_a_half_cache_rounds_and_overflows_like_numpy(backends) -> None:
 def test_bad_shapes_are_refused() -> None:
     engine = kernels.Engine(1)
     out, x, raw = np.zeros((1, 8), np.float32), np.zeros((1, 16), np.float32), np.zeros(8 * 16 * 2, np.uint8)
-    engine.linear(out, 0, x, raw, 1, 8, 16)
-    for bad in [(out, 1, x, raw, 1, 8, 16), (out, 0, x, raw[1:], 1, 8, 16), (out, 0, x[:, 1:].copy(), raw, 1, 8, 16),
-                (out, 0, x, raw, 4, 8, 16), (out, -1, x, raw, 1, 8, 16), (out, 0, x, raw[:-1], 3, 8, 16)]:  # fmt: skip
+    f16, int8g32, int4, outlier = (native_codec(c) for c in ("f16", "int8g32", "int4g64", LlmInt8((16,))))
+    engine.linear(out, 0, x, raw, f16, 8, 16)
+    for bad in [(out, 1, x, raw, f16, 8, 16), (out, 0, x, raw[1:], f16, 8, 16),
+                (out, 0, x[:, 1:].copy(), raw, f16, 8, 16), (out, -1, x, raw, f16, 8, 16),
+                (out, 0, x, raw[:-1], int8g32, 8, 16), (out, 0, x, raw[:-1], int4, 8, 16),
+                (out, 0, x, raw, outlier, 1, 16)]:  # fmt: skip
         with pytest.raises(ValueError):
             engine.linear(*bad)
     for wrong in (out[:, ::2], out.astype(np.float64), out.astype(np.float16)):
         with pytest.raises(TypeError):
-            engine.linear(wrong, 0, x, raw, 1, 1, 16)
+            engine.linear(wrong, 0, x, raw, f16, 1, 16)
     layer, index = Layer("f16", 3, 40, gated=True, bias=False), tiles_of(3)
     backend, acc = NativeBackend(1), np.zeros((1, 40), np.float32)
     for offsets in (layer.offsets(index) + 1, layer.offsets(index) - 2 * layer.bundle.bytes):
         with pytest.raises(ValueError, match="outside"):
             backend.ffn(acc, acc, np.ones((1, 1, 64), np.float32), layer.memory, offsets, layer.bundle)
+
+
+@pytest.mark.parametrize("codec", CODES, ids=name_of)
+def test_prepared_activations_stay_within_the_footprint(codec: str | Codec) -> None:
+    """However many tokens there are, and nothing that grows with the rows."""
+    for rows, cols, tokens in [(3, 40, 1), (3, 3200, 200), (150, 3200, 70)]:
+        backend, (raw, _) = NativeBackend(1), encoded(normal(1, rows, cols), codec)
+        matrix = backend.matrix(raw.reshape(-1), codec, rows, cols, keep=False)
+        backend.linear(backend.zeros(tokens, rows), 0, normal(2, tokens, cols), matrix)
+        assert 0 < backend.scratch_bytes <= native_prepared(cols)
+
+
+def test_bad_codecs_are_refused() -> None:
+    good: tuple[Any, ...] = (4, 64, TABLE.tolist(), 0, 1.0, False, [0.0] * 256, [])
+    assert not kernels.Codec.codes(*good).integers
+    for match, at, value in [("table", 0, 8), ("group", 1, 48), ("group", 1, 16), ("table", 2, [0.0] * 17),
+                             ("scale", 3, 4), ("map", 6, [0.0]), ("outliers", 7, [1])]:  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            kernels.Codec.codes(*good[:at], value, *good[at + 1 :])
+    with pytest.raises(ValueError, match="codec"):
+        kernels.Codec(4)
 
 
 def test_bad_copies_are_refused() -> None:
@@ -309,7 +350,8 @@ def test_bad_decisions_are_refused() -> None:
     gate, offsets, size = backend.zeros(1, 3), layer.offsets(index), layer.bundle.bytes
     decide = backend._engine.decide
     at, bias_at = layer.bundle.decision.offset, layer.bundle.decision_bias.offset
-    good = (gate, x, index, layer.memory, offsets, size, 3, at, 0, bias_at)
+    f32, int8g32 = native_codec("f32"), native_codec("int8g32")
+    good = (gate, x, index, layer.memory, offsets, size, int8g32, at, f32, bias_at)
     decide(*good)
 
     def swapped(**changes: Any) -> tuple[Any, ...]:
@@ -321,9 +363,9 @@ def test_bad_decisions_are_refused() -> None:
     for match, bad in [
         ("outside", swapped(offsets=offsets + 1 + 3 * size)), ("outside", swapped(offsets=offsets - size)),
         ("beyond", swapped(index=far)), ("differ in shape", swapped(index=index[:, :-1].copy())),
-        ("behind", swapped(at=size - 67)), ("behind", swapped(bias_at=size - 3)), ("behind", swapped(codec=0)),
-        ("needs", swapped(at=-1)), ("tokens", swapped(x=normal(1, 2, 40))), ("codec", swapped(codec=4)),
-        ("not int8", swapped(bias=3)),
+        ("behind", swapped(at=size - 67)), ("behind", swapped(bias_at=size - 3)), ("behind", swapped(codec=f32)),
+        ("needs", swapped(at=-1)), ("tokens", swapped(x=normal(1, 2, 40))), ("codec", swapped(codec=None)),
+        ("bias is", swapped(bias=int8g32)), ("bias is", swapped(bias=native_codec("int8"))),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=match):
             decide(*bad)

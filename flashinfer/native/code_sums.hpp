@@ -1,0 +1,169 @@
+// Rows of codes added to accumulators. Part of codes.cpp, inside its namespace.
+//
+// A row adds `factor * value` to a column, fused, where `factor` is h times the scale, rounded, and the value is the
+// code's before its scale; then, of a codec with zero-points, h times the zero-point, rounded.
+
+constexpr long SPAN = 1024;  // columns whose factors are kept together
+constexpr long SPAN_GROUPS = SPAN / CHUNK + 2 * LANES;
+constexpr int SUM_ROWS = 8;  // rows added to one load of the accumulator when there is one token
+constexpr int SUM_LANES = 4; // times sixteen columns, whose chains of sums overlap
+
+// Of the groups of columns [from, to) of R rows: h times the scale, h times the zero-point.
+template <int R> struct Factors {
+    float scale[R][SPAN_GROUPS], zero[R][SPAN_GROUPS];
+
+    FLASHINFER_METHOD void load_row(const Place& p, int r, Raw row, float h, long from, long to) {
+        const long count = load_scales(p, row, from, to, h, scale[r]);
+        if (!p.codec.zero) return;
+        const Raw zeros = row + p.zeros + p.group(from) * 2;
+        for (long i = 0; i < count; i += LANES)
+            store(zero[r] + i, mul(load_part<Type::f16>(zeros + 2 * i, int(least(LANES, count - i))), broadcast(h)));
+    }
+};
+
+// One token: R rows are added to L * LANES columns from k on, or to the first n of them where L is 1.
+template <Form F, bool ZERO, int HALF, int R, int L>
+FLASHINFER_INLINE void add_lanes(const Values<F>& values, const Raw (&codes)[R], const Factors<R>& f, const Place& p,
+                                 long first, long k, int n, float* acc) {
+    Lanes sum[L];
+    for (int l = 0; l < L; l++) sum[l] = n < LANES ? load_part(acc, n) : load(acc + l * LANES);
+    const long g[2] = {p.group(k) - first, p.group(k + (L - 1) * LANES) - first};  // every other chunk
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int l = 0; l < L; l++) {
+            const Lanes row = (HALF + l) % 2 ? values.template at<1>(codes[r], k + l * LANES)
+                                             : values.template at<0>(codes[r], k + l * LANES);
+            sum[l] = fma(broadcast(f.scale[r][g[l / 2]]), row, sum[l]);
+            if (ZERO) sum[l] = add(sum[l], broadcast(f.zero[r][g[l / 2]]));
+        }
+    for (int l = 0; l < L; l++) n < LANES ? store_part(acc, sum[l], n) : store(acc + l * LANES, sum[l]);
+}
+
+template <Form F, bool ZERO, int R, bool AHEAD>
+FLASHINFER_INLINE void add_rows(const Place& p, const Raw* rows, const float* h, long from, long to, float* acc) {
+    constexpr int L = SUM_LANES;
+    const Values<F> values(p.codec);
+    const long first = p.group(from);
+    Raw codes[R], next[R];
+    Factors<R> factors;
+    for (int r = 0; r < R; r++) {
+        codes[r] = rows[r] + p.codes, next[r] = rows[AHEAD ? R + r : r] + p.codes;
+        if constexpr (AHEAD) prefetch_scales(p, rows[R + r], from, to);
+        factors.load_row(p, r, rows[r], h[r], from, to);
+    }
+    long k = from;
+    for (; k + L * LANES <= to; k += L * LANES, acc += L * LANES) {
+        if constexpr (AHEAD) prefetch<F == Form::nibbles, R>(next, k);
+        add_lanes<F, ZERO, 0, R, L>(values, codes, factors, p, first, k, LANES, acc);
+    }
+    for (; k < to; k += CHUNK, acc += CHUNK) {
+        const long left = to - k;
+        add_lanes<F, ZERO, 0, R, 1>(values, codes, factors, p, first, k, int(least(left, LANES)), acc);
+        if (left > LANES)
+            add_lanes<F, ZERO, 1, R, 1>(values, codes, factors, p, first, k + LANES, int(least(left - LANES, LANES)),
+                                        acc + LANES);
+    }
+}
+
+template <Form F, bool ZERO>
+void decode_sums(const Place& p, Rows rows, const float* h, long from, long to, float* acc) {
+    constexpr int R = SUM_ROWS;
+    int r = 0;
+    for (; r + R <= rows.count; r += R) {
+        if (r + 2 * R <= rows.count + rows.ahead) add_rows<F, ZERO, R, true>(p, rows.at + r, h + r, from, to, acc);
+        else add_rows<F, ZERO, R, false>(p, rows.at + r, h + r, from, to, acc);
+    }
+    for (; r < rows.count; r++) add_rows<F, ZERO, 1, false>(p, rows.at + r, h + r, from, to, acc);
+}
+
+// T tokens, sixteen columns from k on, all rows: sums stay in registers. factors: [T, rows], then those of zero-points.
+template <Form F, bool ZERO, int T, int HALF>
+FLASHINFER_INLINE void add_columns(const Values<F>& values, const Raw* codes, int rows, const float* factors,
+                                   const float* zeros, long k, int n, float* acc, long acc_stride) {
+    Lanes sum[T];
+    for (int t = 0; t < T; t++) sum[t] = n < LANES ? load_part(acc + t * acc_stride, n) : load(acc + t * acc_stride);
+    for (int r = 0; r < rows; r++) {
+        const Lanes row = values.template at<HALF>(codes[r], k);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) {
+            sum[t] = fma(broadcast(factors[t * MOST_ROWS + r]), row, sum[t]);
+            if (ZERO) sum[t] = add(sum[t], broadcast(zeros[t * MOST_ROWS + r]));
+        }
+    }
+    for (int t = 0; t < T; t++)
+        n < LANES ? store_part(acc + t * acc_stride, sum[t], n) : store(acc + t * acc_stride, sum[t]);
+}
+
+// T tokens, columns [from, to) of one span.
+template <Form F, bool ZERO, int T>
+void wide_sums(const Place& p, Rows rows, const float* h, long h_stride, long from, long to, float* acc,
+               long acc_stride) {
+    const Values<F> values(p.codec);
+    Factors<MOST_ROWS> scales;
+    Raw codes[MOST_ROWS];
+    for (int r = 0; r < rows.count; r++) {
+        scales.load_row(p, r, rows.at[r], 1, from, to);
+        codes[r] = rows.at[r] + p.codes;
+    }
+    float factors[T * MOST_ROWS], zeros[T * MOST_ROWS];
+    long filled = -1;
+    for (long k = from; k < to; k += CHUNK, acc += CHUNK) {
+        const long g = p.group(k) - p.group(from), left = to - k;
+        for (int t = 0; t < T && g != filled; t++)
+            for (int r = 0; r < rows.count; r++) {
+                factors[t * MOST_ROWS + r] = scales.scale[r][g] * h[t * h_stride + r];
+                if (ZERO) zeros[t * MOST_ROWS + r] = scales.zero[r][g] * h[t * h_stride + r];
+            }
+        filled = g;
+        add_columns<F, ZERO, T, 0>(values, codes, rows.count, factors, zeros, k, int(least(left, LANES)), acc, acc_stride);
+        if (left > LANES)
+            add_columns<F, ZERO, T, 1>(values, codes, rows.count, factors, zeros, k + LANES,
+                                       int(least(left - LANES, LANES)), acc + LANES, acc_stride);
+    }
+}
+
+template <Form F, bool ZERO>
+void sums_of(const Codec& c, Rows rows, const float* h, long h_stride, int tokens, long width, long from, long cols,
+             float* acc, long acc_stride) {
+    constexpr int T = WIDE_TOKENS;
+    const Place p(c, width);
+    for (long begin = from; begin < from + cols; begin += SPAN) {
+        const long end = least(from + cols, begin + SPAN);
+        float* to = acc + begin - from;
+        int t = 0;
+        for (; t + T <= tokens; t += T)
+            wide_sums<F, ZERO, T>(p, rows, h + t * h_stride, h_stride, begin, end, to + t * acc_stride, acc_stride);
+        for (; t < tokens; t++) decode_sums<F, ZERO>(p, rows, h + t * h_stride, begin, end, to + t * acc_stride);
+    }
+}
+
+// What the outliers among the columns add, row after row.
+void add_outliers(const Codec& c, Rows rows, const float* h, long h_stride, int tokens, long width, long from, long cols,
+                  float* acc, long acc_stride) {
+    const auto begin = std::lower_bound(c.outliers.begin(), c.outliers.end(), from);
+    const long first = begin - c.outliers.begin();
+    const long count = std::lower_bound(begin, c.outliers.end(), from + cols) - begin;
+    for (int r = 0; r < rows.count; r++)
+        for (long i = 0; i < count; i += LANES) {
+            const long n = least(LANES, count - i);
+            float values[LANES];
+            store(values, load_part<Type::f16>(rows.at[r] + c.outliers_at(width) + 2 * (first + i), int(n)));
+            for (int t = 0; t < tokens; t++)
+                for (long j = 0; j < n; j++) {
+                    float& sum = acc[t * acc_stride + c.outliers[first + i + j] - from];
+                    sum = __builtin_fmaf(h[t * h_stride + r], values[j], sum);
+                }
+        }
+}
+
+void code_sums(const Codec& c, Rows rows, const float* h, long h_stride, int tokens, long width, long from, long cols,
+               float* acc, long acc_stride) {
+    constexpr decltype(&sums_of<Form::nibbles, false>) of[][2] = {
+        {sums_of<Form::nibbles, false>, sums_of<Form::nibbles, true>},
+        {sums_of<Form::integers, false>, sums_of<Form::integers, true>},
+        {sums_of<Form::e4m3, false>, sums_of<Form::e4m3, true>},
+        {sums_of<Form::bytes, false>, sums_of<Form::bytes, true>}};
+    of[int(c.form)][c.zero](c, rows, h, h_stride, tokens, width, from, cols, acc, acc_stride);
+    if (!c.outliers.empty()) add_outliers(c, rows, h, h_stride, tokens, width, from, cols, acc, acc_stride);
+}
