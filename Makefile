@@ -15,7 +15,7 @@ demo: $(VENV)/.installed-run
 	@$(VENV)/bin/flashinfer demo
 
 test: $(VENV)/.installed-test
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto
 
 check: lint wheel test
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from flashinfer.store.manifest import VERSION
 from tests.e2e.program import DEMO, PROMPT, assert_failed, flashinfer_with
 from tests.plain_checkpoint import write_checkpoint
 from tests.store_contents import manifest_of
@@ -66,7 +67,7 @@ def no_manifest(store: Path) -> None:
 
 
 def newer(store: Path) -> None:
-    edit(store, lambda m: m.update(version=3))
+    edit(store, lambda m: m.update(version=VERSION + 1))
 
 
 def outside(store: Path) -> None:
@@ -88,7 +89,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "cut neuron file": (cut_neurons, ("neurons-", "the manifest says", AGAIN)),
     "cut manifest": (cut_manifest, ("manifest.json", AGAIN)),
     "no manifest": (no_manifest, ("has no manifest.json", "half written", AGAIN)),
-    "newer version": (newer, ("manifest.json", "version 3", "upgrade")),
+    "newer version": (newer, ("manifest.json", f"version {VERSION + 1}", "upgrade")),
     "a name outside": (outside, ("../store/dense", AGAIN)),
     "symbolic link": (symbolic_link, ("neurons-", "symbolic link", "copy the file in its place")),
     "file missing": (file_missing, ("dense-", "missing", AGAIN)),

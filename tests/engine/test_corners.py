@@ -105,7 +105,7 @@ def assert_exact(model: Model, expected: tuple[npt.NDArray[np.float32], ...]) ->
         assert np.array_equal(model.step(session, [token]), logits)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.sampled_from(sorted(CHECKPOINTS)),
     packing=st.integers(0, len(PACKINGS) - 1),

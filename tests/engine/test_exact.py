@@ -62,7 +62,7 @@ def twin_logits(
     return prompt, *(twin.logits([t])[0] for t in DECODED)
 
 
-@settings(max_examples=90, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     case=st.sampled_from(CASES),
     packing=st.sampled_from([(0, 1), (0, 5), (1, 2), (2, 7)]),

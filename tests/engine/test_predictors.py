@@ -117,7 +117,7 @@ def config_of(predictor: str, backend: BackendName, **knobs: object) -> RunConfi
     )  # type: ignore[arg-type]  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=st.sampled_from([f"{f}-{d}" for f, d in CASES]), backend=st.sampled_from(BACKENDS), **KNOBS)
 def test_certified_is_exact(made: dict[str, Made], case: str, backend: BackendName, **knobs) -> None:
     config = config_of("certified", backend, **knobs)
@@ -166,7 +166,7 @@ def approximate_twin(made: Made, predictor: str, backend: BackendName) -> list[F
     return [twin.logits(PROMPT), *(twin.logits([t])[0] for t in DECODED)]
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     case=st.sampled_from([f"{f}-{d}" for f, d in CASES]), backend=st.sampled_from(BACKENDS),
     level=st.sampled_from(["low-rank", "low-rank:0.99"]), **KNOBS,
