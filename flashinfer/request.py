@@ -152,5 +152,6 @@ def _context(facts: Facts, asked: int | None) -> int:
     if asked is None:
         return min(facts.context_length, DEFAULT_CONTEXT)
     if not 1 <= asked <= facts.context_length:
-        raise PromptError(f"a context of {asked} is not in 1..{facts.context_length}, what this model was made for")
+        why = "what this model was made for" if facts.window is None else "the attention window of this model"
+        raise PromptError(f"a context of {asked} is not in 1..{facts.context_length}, {why}")
     return asked

@@ -44,7 +44,7 @@ def make_llama(
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return _save(
+    return save(
         LlamaForCausalLM, LlamaConfig(**{**LLAMA_CONFIG, **config_overrides}), path, dtype, seed, max_shard_size
     )
 
@@ -55,15 +55,18 @@ def make_opt(
     """An OPTForCausalLM checkpoint under `path`, of the same size as `make_llama`'s. Returns `path`."""
     from transformers import OPTConfig, OPTForCausalLM
 
-    return _save(OPTForCausalLM, OPTConfig(**{**OPT_CONFIG, **config_overrides}), path, dtype, seed, max_shard_size)
+    return save(OPTForCausalLM, OPTConfig(**{**OPT_CONFIG, **config_overrides}), path, dtype, seed, max_shard_size)
 
 
-def _save(cls: Any, config: Any, path: Path, dtype: str, seed: int, max_shard_size: str) -> Path:
+def save(
+    make: Any, config: Any, path: Path, dtype: str = "float32", seed: int = 0, max_shard_size: str = "50GB"
+) -> Path:
+    """Write the checkpoint of the model that `make(config)` gives, with random weights, under `path`."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = cls(config)
+        model = make(config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 _fill(name, parameter)
@@ -74,7 +77,7 @@ def _save(cls: Any, config: Any, path: Path, dtype: str, seed: int, max_shard_si
 
 def _fill(name: str, parameter: Any) -> None:
     """Biases that are not zero and norms that are not one, so that a swapped or forgotten one shows."""
-    if "norm" in name and name.endswith("weight"):
+    if ("norm" in name or ".ln_" in name) and name.endswith("weight"):
         parameter.uniform_(0.5, 1.5)
     elif parameter.dim() == 1:
         parameter.uniform_(-0.1, 0.1)

@@ -97,10 +97,15 @@ class Backend(Protocol):
         """`x + y`, `y` an activation or a vector. Overwrites and returns `x`."""
         ...
 
+    def multiply(self, x: Buffer, y: Buffer | float) -> Buffer:
+        """`x * y`, `y` a vector or a number. Overwrites and returns `x`."""
+        ...
+
     def norm(
-        self, x: Buffer, weight: Buffer | None, bias: Buffer | None, kind: Literal["rms", "layer"], eps: float
-    ) -> Buffer:
-        """RMSNorm or LayerNorm over the width."""
+        self, x: Buffer, weight: Buffer | None, bias: Buffer | None, kind: Literal["rms", "layer"], eps: float,
+        size: int | None = None,
+    ) -> Buffer:  # fmt: skip
+        """RMSNorm or LayerNorm over every `size` values of a row (None: over the row); so long are weight and bias."""
         ...
 
     def rotate(self, x: Buffer, head_dim: int, cos: Floats, sin: Floats) -> Buffer:

@@ -107,12 +107,17 @@ class NativeBackend:
     def add(self, x: Floats, y: Floats) -> Floats:
         return np.add(x, y, out=x)
 
+    def multiply(self, x: Floats, y: Floats | float) -> Floats:
+        return np.multiply(x, np.float32(y) if isinstance(y, float) else y, out=x)
+
     def norm(
-        self, x: Floats, weight: Floats | None, bias: Floats | None, kind: Literal["rms", "layer"], eps: float
-    ) -> Floats:
-        out = np.empty_like(x)
-        self._engine.norm(out, x, weight, bias if kind == "layer" else None, kind == "layer", eps)
-        return out
+        self, x: Floats, weight: Floats | None, bias: Floats | None, kind: Literal["rms", "layer"], eps: float,
+        size: int | None = None,
+    ) -> Floats:  # fmt: skip
+        rows = x.reshape(-1, size or x.shape[1])
+        out = np.empty_like(rows)
+        self._engine.norm(out, rows, weight, bias if kind == "layer" else None, kind == "layer", eps)
+        return out.reshape(x.shape)
 
     def rotate(self, x: Floats, head_dim: int, cos: Floats, sin: Floats) -> Floats:
         out = np.empty_like(x)

@@ -125,13 +125,18 @@ class TorchBackend:
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         return x.add_(y)
 
+    def multiply(self, x: Tensor, y: Tensor | float) -> Tensor:
+        return x.mul_(y)
+
     def norm(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: Literal["rms", "layer"], eps: float
-    ) -> Tensor:
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: Literal["rms", "layer"], eps: float,
+        size: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        rows = x.view(-1, size or x.shape[1])
         if kind == "layer":
-            return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
-        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-        return y if weight is None else y.mul_(weight)
+            return F.layer_norm(rows, (rows.shape[1],), weight, bias, eps).view(x.shape)
+        y = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
+        return (y if weight is None else y.mul_(weight)).view(x.shape)
 
     def rotate(self, x: Tensor, head_dim: int, cos: Floats, sin: Floats) -> Tensor:
         half = cos.shape[1]

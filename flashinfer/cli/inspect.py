@@ -148,7 +148,8 @@ def _lines(s: dict[str, Any]) -> list[tuple[str, str]]:
         ("family", f"{f['family']}, {_count(s['parameters'])} parameters"),
         ("shape", f"{f['num_layers']} layers, hidden {f['hidden_size']}, FFN {f['intermediate_size']}, {heads}"),
         ("vocabulary", f"{f['vocab_size']} tokens, {'tied' if f['tied_head'] else 'separate'} head"),
-        ("context", f"{f['context_length']} tokens, {'rotary' if f['rope'] else 'learned'} positions"),
+        ("context", f"{f['context_length']} tokens, {'rotary' if f['rope'] else 'learned'} positions"
+                    + (f", attention window {f['window']}" if f["window"] else "")),
         ("activation", f"{f['activation']}{', gated' if f['gated'] else ''} ({sparse})"),
         ("weights", f"{format_size(s['weight_bytes'])}: {format_size(s['dense_bytes'])} dense, "
                     f"{format_size(s['neuron_bytes'])} neurons"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import Any
 
 from flashinfer.errors import LayoutError
 from flashinfer.layout.resolve import Resolver
-from flashinfer.layout.schema import Layout, known_layouts
+from flashinfer.layout.schema import Layout, TensorPattern, known_layouts
+from flashinfer.layout.view import View, in_halves, taken_rows
 from flashinfer.store.facts import Facts
 from flashinfer.store.roles import is_required, role_shapes
 
@@ -18,11 +20,15 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Match:
-    """What a layout says of one checkpoint: its facts, and the tensor that plays each role, in order of use."""
+    """What a layout says of one checkpoint: its facts, and the tensor that plays each role, in order of use.
+
+    A source that `views` has is not a tensor of the checkpoint, but cut out of such.
+    """
 
     layout: Layout
     facts: Facts
     sources: dict[str, str]
+    views: dict[str, View]
 
 
 def find_layout(config: Mapping[str, Any], names: Collection[str]) -> Layout:
@@ -57,28 +63,33 @@ def match_layout(layout: Layout, config: Mapping[str, Any], shapes: Shapes) -> M
         raise _mismatch(layout, shapes, f"config.json says {facts.num_layers} layers for {len(shapes)} tensors")
     expected = role_shapes(facts)
     prefix = _best_prefix(layout, shapes)
-    names = _names(layout, resolver, facts.num_layers, prefix)
-    sources = {}
+    declared = _declared(layout, resolver, facts.num_layers, prefix, len(shapes))
+    found: dict[str, _Declared] = {}
     for role in expected:
-        name, optional = names.pop(role, (None, not is_required(role, facts)))
-        if name is not None and name in shapes:
-            sources[role] = name
-        elif not optional:
-            wanted = f"tensor {name} (role {role})" if name else f"a tensor for role {role}"
-            raise _mismatch(layout, shapes, f"{wanted} is missing")
-    if names:
-        raise LayoutError(f"layout {layout.family} declares {next(iter(names))}, a role such a model has not")
-    _check_extra(layout, resolver, prefix, shapes, set(sources.values()))
-    for role, name in sources.items():
-        _check_shape(layout, resolver, role, name, shapes[name], expected[role])
-    return Match(layout, facts, sources)
+        d = declared.pop(role, None)
+        if d is not None and all(name in shapes for name in d.names):
+            found[role] = d
+        elif d is not None and not d.pattern.optional:
+            missing = next(name for name in d.names if name not in shapes)
+            raise _mismatch(layout, shapes, f"tensor {missing} (role {role}) is missing")
+        elif d is None and is_required(role, facts):
+            raise _mismatch(layout, shapes, f"a tensor for role {role} is missing")
+    if declared:
+        raise LayoutError(f"layout {layout.family} declares {next(iter(declared))}, a role such a model has not")
+    _check_extra(layout, resolver, prefix, shapes, {name for d in found.values() for name in d.names})
+    sources, views = {}, {}
+    for role, d in found.items():
+        _check_shape(layout, resolver, role, d, shapes, expected[role])
+        sources[role] = d.names[0] if d.pattern.plain else f"{d.names[0]}#{role}"
+        if not d.pattern.plain:
+            views[sources[role]] = _view(layout, resolver, role, d, facts)
+    return Match(layout, facts, sources, views)
 
 
 def nearest(names: Collection[str], layouts: Sequence[Layout] | None = None) -> str:
-    """`nearest layout: llama (matches 97 %)`: by share of the tensor names that fit a pattern."""
+    """`nearest layout: llama (matches 97 %)`: by share of the tensor names that fit a pattern, then the shortest."""
     layouts = known_layouts() if layouts is None else layouts
-    shares = [(_share(layout, names), layout.family) for layout in layouts]
-    share, family = max(shares)
+    share, _, family = max((_share(layout, names), -len(layout.tensors), layout.family) for layout in layouts)
     return f"nearest layout: {family} (matches {100 * share:.0f} %)"
 
 
@@ -89,16 +100,49 @@ def _mismatch(layout: Layout, shapes: Shapes, what: str) -> LayoutError:
     )
 
 
-def _names(layout: Layout, resolver: Resolver, layers: int, prefix: str) -> dict[str, tuple[str | None, bool]]:
-    """Role -> the checkpoint's name for it (None where conditions rule it out) and whether it is optional."""
-    found: dict[str, tuple[str | None, bool]] = {}
+@dataclass(frozen=True)
+class _Declared:
+    """What a layout declares for a role, and the names that stand for."""
+
+    pattern: TensorPattern
+    names: tuple[str, ...]
+
+
+def _declared(layout: Layout, resolver: Resolver, layers: int, prefix: str, tensors: int) -> dict[str, _Declared]:
+    """By role, but for those that conditions rule out; `tensors` is how many the checkpoint has."""
+    found = {}
     for role, pattern in layout.tensors.items():
-        if not resolver.holds(pattern.when):
+        template = pattern.name if resolver.holds(pattern.when) else pattern.otherwise
+        if template is None:
             continue
+        each = 1 if pattern.each is None else resolver.size(pattern.each)
+        if each > tensors:
+            raise resolver.unfit(f"{pattern.each} is {each} for {tensors} tensors")
         for i in range(layers) if "{i}" in role else (0,):
-            name = pattern.name.replace("{prefix}", prefix).replace("{i}", str(i))
-            found[role.replace("{i}", str(i))] = (name, pattern.optional)
+            name = template.replace("{prefix}", prefix).replace("{i}", str(i))
+            found[role.replace("{i}", str(i))] = _Declared(
+                pattern, tuple(name.replace("{h}", str(h)) for h in range(each))
+            )
     return found
+
+
+def _view(layout: Layout, resolver: Resolver, role: str, d: _Declared, facts: Facts) -> View:
+    p = d.pattern
+    of = tuple(resolver.size(text) for text in p.of or p.shape)
+    shape = tuple(resolver.size(text) for text in p.shape)
+    total = math.prod(of) * len(d.names) if len(shape) == 1 else of[1 if p.transposed else 0]
+    start, stop = (resolver.size(text) for text in p.rows or ("0", str(total)))
+    try:
+        rows = taken_rows(total, resolver.size(p.groups), start, stop)
+        if p.interleaved:
+            assert facts.rope is not None
+            rows = in_halves(rows, facts.head_dim, facts.rope.rotary_dim)
+    except ValueError as e:
+        raise LayoutError(f"layout {layout.family}: tensor {role}: {e}; see docs/layouts.md") from e
+    width = () if len(shape) == 1 else (of[0 if p.transposed else 1],)
+    if (len(rows), *width) != shape:
+        raise LayoutError(f"layout {layout.family} takes {[len(rows), *width]} for {role}, not {list(shape)}")
+    return View(d.names, shape, rows, p.transposed, p.plus)
 
 
 def _check_extra(layout: Layout, resolver: Resolver, prefix: str, shapes: Shapes, used: set[str]) -> None:
@@ -110,18 +154,20 @@ def _check_extra(layout: Layout, resolver: Resolver, prefix: str, shapes: Shapes
 
 
 def _check_shape(
-    layout: Layout, resolver: Resolver, role: str, name: str, shape: tuple[int, ...], expected: tuple[int, ...]
+    layout: Layout, resolver: Resolver, role: str, d: _Declared, shapes: Shapes, expected: tuple[int, ...]
 ) -> None:
-    pattern = layout.tensors[re.sub(r"^layers\.\d+\.", "layers.{i}.", role)]
+    pattern = d.pattern
     declared = tuple(resolver.size(text) for text in pattern.shape)
     if declared != expected:
         raise LayoutError(f"layout {layout.family} gives {role} the shape {list(declared)}, not {list(expected)}")
-    if shape != expected:
-        wanted = f"{list(expected)} = [{', '.join(pattern.shape)}] was expected"
-        raise LayoutError(
-            f"tensor {name} has shape {list(shape)}, {wanted} by layout {layout.family} and config.json: "
-            "they do not belong together; download both again"
-        )
+    texts = pattern.of or pattern.shape
+    wanted = tuple(resolver.size(text) for text in texts)
+    for name in d.names:
+        if shapes[name] != wanted:
+            raise LayoutError(
+                f"tensor {name} has shape {list(shapes[name])}, {list(wanted)} = [{', '.join(texts)}] was expected by "
+                f"layout {layout.family} and config.json: they do not belong together; download both again"
+            )
 
 
 def _best_prefix(layout: Layout, names: Collection[str]) -> str:
@@ -139,4 +185,5 @@ def _matching(layout: Layout, names: Collection[str], prefix: str) -> int:
 
 
 def _regex(pattern: str, prefix: str) -> re.Pattern[str]:
-    return re.compile(re.escape(pattern.replace("{prefix}", prefix)).replace(re.escape("{i}"), r"(?:0|[1-9]\d*)"))
+    escaped = re.escape(pattern.replace("{prefix}", prefix))
+    return re.compile(re.sub(r"\\\{[ih]\\\}", r"(?:0|[1-9]\\d*)", escaped))

@@ -9,13 +9,10 @@ import msgspec
 
 from flashinfer.errors import LayoutError
 from flashinfer.layout.expression import parse_expression
-from flashinfer.layout.schema import Condition, Layout, RopeSource, Source
+from flashinfer.layout.rope import read_rope
+from flashinfer.layout.schema import Condition, Layout, Source
 from flashinfer.store.check import check_facts
-from flashinfer.store.facts import Facts, Rope
-
-_ROPE_TYPES = ("default", "linear", "llama3")
-_ROPE_KEYS = {"rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
-              "original_max_position_embeddings", "partial_rotary_factor"}  # fmt: skip
+from flashinfer.store.facts import Facts
 
 Config = Mapping[str, Any]
 
@@ -32,19 +29,23 @@ class Resolver:
         """The facts of this model. Raises LayoutError for anything the layout or the decoder cannot follow."""
         self._check_supported()
         values = {name: self.value(name) for name in self.layout.facts}
-        rope = None if self.layout.rope is None else self._rope(self.layout.rope, values)
+        rope = None if self.layout.rope is None else read_rope(self, self.layout.rope)
+        window, context = values.get("window"), values["context_length"]
+        if type(window) is int and type(context) is int:  # within it, attention sees every position
+            values["context_length"] = min(context, window)
         try:
             facts = msgspec.convert({"family": self.layout.family, **values, "rope": rope}, Facts)
         except msgspec.ValidationError as e:
-            raise self._unfit(str(e)) from e
+            raise self.unfit(str(e)) from e
         check_facts(facts, self._need)
         return facts
 
     def _need(self, condition: bool, what: str) -> None:
         if not condition:
-            raise self._unfit(what)
+            raise self.unfit(what)
 
-    def _unfit(self, what: str) -> LayoutError:
+    def unfit(self, what: str) -> LayoutError:
+        """The error of a config.json that this layout cannot follow, to be raised."""
         return LayoutError(
             f"config.json does not fit layout {self.layout.family}: {what}; correct it, or see docs/layouts.md"
         )
@@ -57,7 +58,7 @@ class Resolver:
             raise LayoutError(f"layout {self.layout.family}: fact {name} is defined by itself")
         self._pending.add(name)
         source = self.layout.facts[name]
-        self._values[name] = self._from(source, name) if isinstance(source, Source) else source
+        self._values[name] = self.find(source, name) if isinstance(source, Source) else source
         self._pending.discard(name)
         return self._values[name]
 
@@ -66,7 +67,7 @@ class Resolver:
         try:
             return parse_expression(text).evaluate(self._count)
         except ValueError as e:
-            raise self._unfit(str(e)) from e
+            raise self.unfit(str(e)) from e
 
     def holds(self, when: tuple[str, ...]) -> bool:
         """Whether all conditions hold; `not X` is the opposite of X."""
@@ -86,12 +87,13 @@ class Resolver:
             first, second = condition.differ
             value = self.value(first) != self.value(second)
         else:
-            value = self._from(_as_source(condition), name)
+            value = self.find(_as_source(condition), name)
         if not isinstance(value, bool):
             raise LayoutError(f"config.json: {name} is {value!r}, true or false was expected")
         return value
 
-    def _from(self, source: Source, name: str) -> Any:
+    def find(self, source: Source, name: str) -> Any:
+        """The value a source gives; `name` says of what in errors."""
         if source.when is not None:
             return self.holds(source.when)
         value = None if source.key is None else self.config.get(source.key)
@@ -99,8 +101,12 @@ class Resolver:
             return self.size(source.expr)
         if value is None:
             value = source.default
+        if value is None and source.optional:
+            return None
         if value is None:
             raise LayoutError(f"config.json has no {source.key!r}, which layout {self.layout.family} needs for {name}")
+        if source.invert:
+            return self._inverse(value, name)
         if source.map is None:
             return value
         text = str(value).lower() if isinstance(value, bool) else str(value)
@@ -116,31 +122,12 @@ class Resolver:
             value = self.config.get(key)
             if value is not None and not any(value == v and type(value) is type(v) for v in values):
                 wanted = " or ".join(repr(v) for v in values) or "nothing"
-                raise self._unfit(f"it says {key} = {str(value)[:80]}, only {wanted} is supported there")
+                raise self.unfit(f"it says {key} = {str(value)[:80]}, only {wanted} is supported there")
 
-    def _rope(self, source: RopeSource, values: Mapping[str, Any]) -> Rope:
-        table: Any = next((self.config[key] for key in source.parameters if self.config.get(key)), {})
-        if not isinstance(table, dict) or not set(table) <= _ROPE_KEYS:
-            raise self._unfit(f"rope parameters {str(table)[:120]} are not understood")
-        kind = table.get("rope_type", table.get("type", "default"))
-        if kind not in _ROPE_TYPES:
-            raise self._unfit(f"rope type {str(kind)[:40]!r}; {', '.join(_ROPE_TYPES)} are supported")
-        if table.get("partial_rotary_factor", 1.0) != 1.0:
-            raise self._unfit(f"partial_rotary_factor {table['partial_rotary_factor']} is not supported")
-        fields: dict[str, Any] = {
-            "theta": table.get("rope_theta") or self._from(source.theta, "rope theta"),
-            "rotary_dim": self.size(source.rotary_dim),
-        }
-        if kind != "default":
-            fields |= {"scaling": kind, "factor": table.get("factor")}
-        if kind == "llama3":
-            fields |= {k: table.get(k) for k in ("low_freq_factor", "high_freq_factor")}
-            original = table.get("original_max_position_embeddings", values["context_length"])
-            fields["original_context"] = original
-        try:
-            return msgspec.convert(fields, Rope)
-        except msgspec.ValidationError as e:
-            raise self._unfit(f"rope parameters: {e}") from e
+    def _inverse(self, value: Any, name: str) -> float:
+        if type(value) not in (int, float) or value == 0:
+            raise self.unfit(f"{name} is one over {value!r}, a number but 0 was expected")
+        return 1.0 / float(value)
 
 
 def _as_source(condition: Condition) -> Source:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class Source(_Strict, frozen=True):
     """Where a value comes from: config key `key`, translated by `map`; `default` or `expr` where it is absent.
 
     A null in config.json counts as absent. `expr` alone (no `key`) is always computed; `when` alone is true where
-    all its conditions hold.
+    all its conditions hold. `invert`: one over what the key says. `optional`: there need be no value.
     """
 
     key: str | None = None
@@ -37,6 +38,18 @@ class Source(_Strict, frozen=True):
     expr: str | None = None
     map: dict[str, Scalar] | None = None
     when: tuple[str, ...] | None = None
+    invert: bool = False
+    optional: bool = False
+
+
+class RotatedLayers(_Strict, frozen=True):
+    """Layers that use rotary positions: config key `flags` lists one flag for each.
+
+    Without it, every `interval`-th layer uses none.
+    """
+
+    flags: str
+    interval: Source
 
 
 class Condition(_Strict, frozen=True):
@@ -48,23 +61,46 @@ class Condition(_Strict, frozen=True):
 
 
 class RopeSource(_Strict, frozen=True):
-    """Rotary positions: `parameters` lists the config keys of scaling tables, the first one present counts."""
+    """Rotary positions: `parameters` lists the config keys of scaling tables, the first one present counts.
+
+    Of `rotary_dim` values a share `partial` is turned, where it is given here or in the table.
+    """
 
     theta: Source
-    rotary_dim: str
-    parameters: tuple[str, ...]
+    rotary_dim: str | Source
+    parameters: tuple[str, ...] = ()
+    partial: Source | None = None
+    layers: RotatedLayers | None = None
 
 
 class TensorPattern(_Strict, frozen=True):
     """The checkpoint's name for a role, its shape there, and when it must be there.
 
-    `when` names conditions that must all hold (`not X` for the opposite); `optional` tensors may be absent.
+    `when` names conditions that must all hold (`not X` for the opposite); where they do not, the tensor `otherwise`
+    plays the role, if there is one. `optional` tensors may be absent.
+    The rest says what is taken of tensors of the shape `of`: `transposed` ones are `[in, out]`; `rows` (start, stop)
+    of each of `groups` equal parts; `interleaved` rows of heads are put in halves; `plus` is added to vectors;
+    `each` is how many vectors `{h}` in the name stands for.
     """
 
     name: str
     shape: tuple[str, ...]
     when: tuple[str, ...] = ()
+    otherwise: str | None = None
     optional: bool = False
+    of: tuple[str, ...] | None = None
+    transposed: bool = False
+    rows: tuple[str, str] | None = None
+    groups: str = "1"
+    interleaved: bool = False
+    plus: float = 0.0
+    each: str | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the role is the checkpoint's tensor as it is."""
+        taken = self.transposed or self.rows is not None or self.interleaved or self.plus != 0.0
+        return not taken and self.of is None and self.each is None
 
 
 class Ignored(_Strict, frozen=True):
@@ -138,8 +174,7 @@ def _check(layout: Layout, where: str) -> None:
         need(name not in facts, f"condition {name} has the name of a fact")
     known = set(layout.conditions) | facts
     for role, pattern in layout.tensors.items():
-        need(("{i}" in role) == ("{i}" in pattern.name), f"tensor {role}: role and name disagree about {{i}}")
-        need(pattern.shape != (), f"tensor {role} has no shape")
+        _check_tensor(layout, role, pattern, need)
     dependent = [(entry.name, entry.when) for entry in layout.tensors.values()]
     dependent += [(entry.name, entry.when) for entry in layout.ignored]
     dependent += [(f"fact {n}", s.when) for n, s in layout.facts.items() if isinstance(s, Source) and s.when]
@@ -150,11 +185,25 @@ def _check(layout: Layout, where: str) -> None:
         need(expression.names <= facts, f"{text!r} names a fact that is not there")
 
 
+def _check_tensor(layout: Layout, role: str, pattern: TensorPattern, need: Callable[[bool, str], None]) -> None:
+    p, vector = pattern, len(pattern.shape) == 1
+    for name in (p.name, p.otherwise or p.name):
+        need(("{i}" in role) == ("{i}" in name), f"tensor {role}: role and name disagree about {{i}}")
+    need(p.otherwise is None or p.when != (), f"tensor {role} has otherwise and no when")
+    need(p.shape != (), f"tensor {role} has no shape")
+    need(vector or (p.plus == 0.0 and p.each is None), f"tensor {role}: only vectors have plus and each")
+    need(("{h}" in p.name) == (p.each is not None), f"tensor {role}: name and each disagree about {{h}}")
+    need(p.groups == "1" or p.rows is not None, f"tensor {role} has groups and no rows")
+    need(not (vector and p.transposed), f"tensor {role}: a vector cannot be transposed")
+    need(not p.interleaved or layout.rope is not None, f"tensor {role} is interleaved without [rope]")
+
+
 def _expressions(layout: Layout, where: str) -> list[tuple[str, Expression]]:
     texts = [s.expr for s in layout.facts.values() if isinstance(s, Source) and s.expr is not None]
-    texts += [size for pattern in layout.tensors.values() for size in pattern.shape]
-    if layout.rope is not None:
-        texts.append(layout.rope.rotary_dim)
+    for p in layout.tensors.values():
+        texts += [*p.shape, *(p.of or ()), *(p.rows or ()), p.groups, *([] if p.each is None else [p.each])]
+    if layout.rope is not None and (turned := layout.rope.rotary_dim):
+        texts += [turned] if isinstance(turned, str) else [turned.expr] if turned.expr else []
     try:
         return [(text, parse_expression(text)) for text in texts]
     except ValueError as e:

@@ -77,7 +77,9 @@ def _activations(f: Facts, r: Request) -> int:
     """Bytes of the widest moment of a prompt chunk, attention scores and rotary tables included."""
     chunk = round_up(min(r.run.prefill_chunk, r.context), TILE_TOKENS) + TILE_TOKENS
     width = (
-        (10 + r.footprint.outputs(r.threads)) * f.hidden_size + 4 * f.num_heads * f.head_dim + 5 * f.intermediate_size
+        (10 + f.parallel + r.footprint.outputs(r.threads)) * f.hidden_size
+        + 4 * f.num_heads * f.head_dim
+        + 5 * f.intermediate_size
     )
     rope = 0 if f.rope is None else round_up(r.context, TILE_TOKENS) * f.rope.rotary_dim
     return 4 * (chunk * width + rope + 3 * f.vocab_size) + r.footprint.scores(f, r.context, r.threads)

@@ -10,15 +10,14 @@ import numpy.typing as npt
 
 from flashinfer.backend import Buffer
 from flashinfer.choice import Choice
-from flashinfer.config import TILE_NEURONS, TILE_ROWS, TILE_TOKENS, KvType
+from flashinfer.config import TILE_NEURONS, TILE_ROWS, KvType
 from flashinfer.ledger import Ledger
+from flashinfer.model.heads import Heads
 from flashinfer.model.observe import Observer, Seen
-from flashinfer.model.rotary import rotary_tables
 from flashinfer.model.rows import Rows
 from flashinfer.model.weights import Weights, decode_tiles
 from flashinfer.predict import Guess, Matrices, Predictor, Span, build_predictor, select
 from flashinfer.store.facts import Facts
-from flashinfer.store.geometry import round_up
 
 Index = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -54,8 +53,7 @@ class Decoder:
         self._bundles = [weights.bundle(i) for i in range(facts.num_layers)]
         self.observer: Observer | None = None
         self._predictor = self._build(choice or Choice())
-        # whole tiles: the padding rows of a prompt's last tile may stand for positions beyond the context
-        self._tables = rotary_tables(facts.rope, round_up(context, TILE_TOKENS)) if facts.rope else None
+        self._heads = Heads(facts, weights, context)
 
     def _build(self, choice: Choice) -> Predictor:
         def vector(role: str) -> Floats | None:
@@ -75,11 +73,9 @@ class Decoder:
         """Hidden states `[rows.total, hidden]` after the last layer. Writes `kv` at the rows' positions."""
         with self._span("embedding"):
             x = self._embed(tokens, rows)
+        run = self._side_by_side if self.facts.parallel else self._in_turn
         for layer in range(self.facts.num_layers):
-            with self._span("attention", layer):
-                x = self._block(x, f"layers.{layer}.attn", partial(self._attention, layer, rows=rows, kv=kv[layer]))
-            with self._span("ffn", layer):
-                x = self._block(x, f"layers.{layer}.ffn", partial(self._ffn, layer, residual=x, rows=rows))
+            x = run(layer, x, rows, kv[layer])
         return x
 
     def head(self, x: Buffer) -> Floats:
@@ -89,13 +85,15 @@ class Decoder:
                 x = self._norm(x, "final_norm")
             if self.weights.has("project_out.weight"):
                 x = self._linear("project_out", x)
-            return self.backend.fetch(self._linear("embed" if self.facts.tied_head else "head", x))
+            logits = self.backend.fetch(self._linear("embed" if self.facts.tied_head else "head", x))
+            return np.multiply(logits, np.float32(self.facts.logit_scale), out=logits)
 
     # -- parts
 
     def _embed(self, tokens: Index, rows: Rows) -> Buffer:
         padded = np.zeros((rows.total, self.facts.embed_size), dtype=np.float32)
-        padded[rows.skip : rows.skip + rows.count] = self.weights.lookup("embed.weight", tokens)
+        found = self.weights.lookup("embed.weight", tokens)
+        padded[rows.skip : rows.skip + rows.count] = found * np.float32(self.facts.embed_scale)
         x = self.backend.place(padded)
         if self.weights.has("project_in.weight"):
             x = self._linear("project_in", x)
@@ -106,11 +104,33 @@ class Decoder:
             x = self.backend.add(x, self.backend.place(learned))
         return x
 
+    def _in_turn(self, layer: int, x: Buffer, rows: Rows, kv: Buffer) -> Buffer:
+        """A layer whose FFN takes what attention has been added to."""
+        with self._span("attention", layer):
+            x = self._block(x, f"layers.{layer}.attn", partial(self._attention, layer, rows=rows, kv=kv))
+        with self._span("ffn", layer):
+            return self._block(x, f"layers.{layer}.ffn", partial(self._ffn, layer, residual=x, rows=rows))
+
+    def _side_by_side(self, layer: int, x: Buffer, rows: Rows, kv: Buffer) -> Buffer:
+        """A layer whose FFN takes what attention takes (GPT-J): who fires is known before attention is computed."""
+        with self._span("attention", layer):
+            attended = self._branch(x, f"layers.{layer}.attn", partial(self._attention, layer, rows=rows, kv=kv))
+        with self._span("ffn", layer):
+            fed = self._branch(x, f"layers.{layer}.ffn", partial(self._ffn, layer, residual=x, rows=rows))
+        return self.backend.add(self.backend.add(x, attended), fed)
+
     def _block(self, x: Buffer, name: str, part: Callable[[Buffer], Buffer]) -> Buffer:
-        """A residual block, normed before (almost everyone) or after (OPT-350m)."""
-        if self.facts.norm_position == "pre":
-            return self.backend.add(x, part(self._norm(x, f"{name}.norm")))
-        return self._norm(self.backend.add(x, part(x)), f"{name}.norm")
+        """A residual block; OPT-350m norms its sum."""
+        x = self.backend.add(x, self._branch(x, name, part))
+        return self._norm(x, f"{name}.norm") if self.facts.norm_position == "post" else x
+
+    def _branch(self, x: Buffer, name: str, part: Callable[[Buffer], Buffer]) -> Buffer:
+        """What a block adds to `x`: normed before (almost everyone) or after (OLMo 2)."""
+        f = self.facts
+        y = part(self._norm(x, f"{name}.norm") if f.norm_position == "pre" else x)
+        if f.norm_position == "output":
+            y = self._norm(y, f"{name}.norm")
+        return y if f.residual_scale == 1.0 else self.backend.multiply(y, f.residual_scale)
 
     def _norm(self, x: Buffer, name: str) -> Buffer:
         weight, bias = self.weights.vector(f"{name}.weight"), self.weights.vector(f"{name}.bias")
@@ -131,9 +151,7 @@ class Decoder:
     def _attention(self, layer: int, x: Buffer, rows: Rows, kv: Buffer) -> Buffer:
         f, name = self.facts, f"layers.{layer}.attn"
         q, k, v = (self._linear(f"{name}.{part}", x) for part in "qkv")
-        if self._tables is not None:
-            cos, sin = (t[rows.first : rows.first + rows.total] for t in self._tables)
-            q, k = (self.backend.rotate(y, f.head_dim, cos, sin) for y in (q, k))
+        q, k = self._heads.prepare(layer, "q", q, rows), self._heads.prepare(layer, "k", k, rows)
         self.backend.append_kv(kv, rows.start, k, v, rows.skip, rows.count)
         return self._linear(f"{name}.o", self.backend.attend(q, kv, rows.first, f.num_heads))
 

@@ -18,6 +18,7 @@ from flashinfer.layout import Layout, find_layout, match_layout, read_layout
 from flashinfer.pack.plan import PackOptions, PackPlan, plan_pack
 from flashinfer.pack.recipe import Recipe, parse_recipe
 from flashinfer.pack.stream import layer_chunks, tensor_chunks
+from flashinfer.pack.views import Views
 from flashinfer.store.dense import write_dense
 from flashinfer.store.manifest import FileEntry, Manifest
 from flashinfer.store.neurons import write_neurons
@@ -85,7 +86,7 @@ def pack(
     options = PackOptions(_recipe(quant), decision, alignment, bundles_per_record, permutation)
     source = open_checkpoint(checkpoint, delta=delta, adapter=merge_adapter)
     try:
-        plan = _plan(source, layout, options)
+        plan, source = _plan(source, layout, options)
         with StoreWriter(Path(store), need=plan.need, force=force) as writer:
             manifest = _write(source, plan, writer, Meter(plan.data_bytes, progress), allow_nonfinite)
             writer.commit(manifest)
@@ -109,13 +110,15 @@ def _recipe(quant: str | None) -> Recipe:
         raise CheckpointError(str(e)) from e
 
 
-def _plan(source: Checkpoint, layout: str | Path | Layout | None, options: PackOptions) -> PackPlan:
+def _plan(source: Checkpoint, layout: str | Path | Layout | None, options: PackOptions) -> tuple[PackPlan, Checkpoint]:
+    """The plan, and the checkpoint it reads: with the tensors the layout cuts out of it."""
     if layout is None:
         layout = find_layout(source.config, source.tensors)
     elif not isinstance(layout, Layout):
         layout = read_layout(Path(layout))
     match = match_layout(layout, source.config, {name: t.shape for name, t in source.tensors.items()})
-    return plan_pack(source, match, options)
+    source = Views(source, match.views) if match.views else source
+    return plan_pack(source, match, options), source
 
 
 def _write(source: Checkpoint, plan: PackPlan, writer: StoreWriter, meter: Meter, allow_nonfinite: bool) -> Manifest:

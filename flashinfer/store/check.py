@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from itertools import pairwise
 from typing import Protocol
@@ -9,7 +10,7 @@ from typing import Protocol
 from flashinfer.config import FILE_ALIGNMENT
 from flashinfer.errors import StoreError
 from flashinfer.quant import codec_named
-from flashinfer.store.facts import Facts
+from flashinfer.store.facts import Facts, Rope
 from flashinfer.store.manifest import Manifest, NeuronLayer, PartEntry, TensorEntry
 from flashinfer.store.roles import (
     RANK_UNIT,
@@ -68,12 +69,30 @@ def check_facts(f: Facts, need: Need) -> None:
         need(getattr(f, name) > 0, f"fact {name} is {getattr(f, name)}, a positive number was expected")
     need(f.num_heads % f.num_kv_heads == 0, f"{f.num_heads} heads do not share {f.num_kv_heads} kv heads evenly")
     need(f.norm_eps > 0 and f.position_offset >= 0, "fact norm_eps or position_offset is negative")
+    need(not f.parallel or f.norm_position == "pre", "attention and FFN side by side have their norms before them")
+    for name in ("embed_scale", "residual_scale", "logit_scale", "attention_scale"):
+        scale = getattr(f, name)
+        need(scale is None or 0 < abs(scale) < math.inf, f"fact {name} is {scale}, a number but 0 was expected")
+    need(f.window is None or f.context_length <= f.window, f"a context of {f.context_length}, a window of {f.window}")
     if f.rope is not None:
-        turned = f.rope.rotary_dim
-        need(0 < turned <= f.head_dim and turned % 2 == 0, f"rotary_dim {turned} for heads of {f.head_dim}")
-        need(f.rope.theta > 0 and f.rope.factor > 0, "rope theta and factor must be positive")
-        bands = 0 < f.rope.low_freq_factor < f.rope.high_freq_factor and f.rope.original_context > 0
-        need(f.rope.scaling != "llama3" or bands, "llama3 rope scaling with impossible frequency bands")
+        _check_rope(f, f.rope, need)
+
+
+def _check_rope(f: Facts, rope: Rope, need: Need) -> None:
+    turned = rope.rotary_dim
+    need(0 < turned <= f.head_dim and turned % 2 == 0, f"rotary_dim {turned} for heads of {f.head_dim}")
+    need(rope.theta > 0 and rope.factor > 0, "rope theta and factor must be positive")
+    bands = 0 < rope.low_freq_factor < rope.high_freq_factor and rope.original_context > 0
+    need(rope.scaling != "llama3" or bands, "llama3 rope scaling with impossible frequency bands")
+    ramp = 0 < rope.beta_slow <= rope.beta_fast and rope.original_context > 0 and rope.theta > 1
+    need(rope.scaling != "yarn" or ramp, "yarn rope scaling with an impossible ramp")
+    factors = rope.short_factor + rope.long_factor
+    long = len(rope.short_factor) == len(rope.long_factor) == turned // 2 and rope.original_context > 0
+    need(
+        rope.scaling != "longrope" or (long and all(x > 0 for x in factors)), "longrope scaling with impossible factors"
+    )
+    need(0 < rope.attention_factor < math.inf, "rope attention_factor must be positive")
+    need(all(0 <= i < f.num_layers for i in rope.skipped), "rope skips a layer that is not there")
 
 
 def _check_files(m: Manifest, need: Need) -> None:

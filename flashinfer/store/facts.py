@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -15,26 +15,41 @@ SPARSE_ACTIVATIONS: frozenset[str] = frozenset({"relu", "relu2"})
 class Rope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Rotary positions (arXiv 2104.09864), halves convention of transformers' llama.
 
-    `llama3` scaling: low frequencies are divided by `factor`, high ones kept, a ramp between.
-    `linear` scaling: every frequency is divided by `factor`.
+    `model/rotary.py` has the scalings. `attention_factor` multiplies cosines and sines; `beta_fast`, `beta_slow` and
+    `truncate` are YaRN's, the two lists of factors (one for each pair) LongRoPE's. In layers `skipped` nothing is
+    turned.
     """
 
     theta: float
     rotary_dim: int
-    scaling: Literal["none", "linear", "llama3"] = "none"
+    scaling: Literal["none", "linear", "llama3", "yarn", "longrope"] = "none"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 0
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    skipped: tuple[int, ...] = ()
 
 
 class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Shape and arithmetic of a decoder. Sizes are counts of values.
 
+    `norm_position`: the input of a block is normed (`pre`), its sum with the residual (`post`), or what it adds to the
+    residual (`output`). `parallel`: attention and FFN both take the layer's input, and both are added to it.
+    `qk_norm`: queries and keys are normed over each head, with the same weights for all heads (`head`) or weights for
+    each (`heads`), or over their whole width (`width`).
     `position_offset` is added to a position before it indexes the learned table (OPT: 2).
     `final_norm`: whether the last layer's output is normed (not in post-norm models). `norm_affine`: whether
     norms have weights.
     `embed_size` differs from `hidden_size` where the family projects in and out (OPT-350m).
+    `embed_scale` multiplies embeddings, `residual_scale` what a block adds, `logit_scale` logits, `attention_scale` the
+    products of queries and keys (None: `head_dim ** -0.5`).
+    `window`: how many positions attention looks back in this model; `context_length` is no more, so that it sees all.
     """
 
     family: str
@@ -49,7 +64,7 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     context_length: int
     norm: Literal["rms", "layer"]
     norm_eps: float
-    norm_position: Literal["pre", "post"]
+    norm_position: Literal["pre", "post", "output"]
     activation: Activation
     gated: bool
     tied_head: bool
@@ -57,6 +72,13 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     position_offset: int = 0
     final_norm: bool = True
     norm_affine: bool = True
+    parallel: bool = False
+    qk_norm: Literal["none", "head", "heads", "width"] = "none"
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    attention_scale: float | None = None
+    window: int | None = None
 
     @property
     def sparse(self) -> bool:
@@ -67,3 +89,20 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def decision(self) -> Literal["gate", "up"]:
         """The FFN matrix whose product decides which neurons fire."""
         return "gate" if self.gated else "up"
+
+
+LATER_FACTS: frozenset[str] = frozenset({
+    "parallel", "qk_norm", "embed_scale", "residual_scale", "logit_scale", "attention_scale", "window",
+    "attention_factor", "beta_fast", "beta_slow", "truncate", "short_factor", "long_factor", "skipped",
+})  # fmt: skip
+"""Facts that came after the first stores: written only where they differ from their defaults."""
+
+
+def facts_table(facts: Facts | Rope) -> dict[str, Any]:
+    """The facts as a manifest has them, in the order of their declaration."""
+    table: dict[str, Any] = {}
+    for field in msgspec.structs.fields(facts):
+        value = getattr(facts, field.name)
+        if field.name not in LATER_FACTS or value != field.default:
+            table[field.name] = facts_table(value) if isinstance(value, Rope) else value
+    return table

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from flashinfer.store.facts import Facts
+from flashinfer.store.facts import Facts, facts_table
 
 FORMAT = "flashinfer-store"
 VERSION = 3
@@ -122,4 +122,5 @@ class Manifest(_Strict, frozen=True):
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """Canonical JSON: two-space indent, keys in declaration order, a newline at the end."""
-    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+    table = {name: getattr(manifest, name) for name in manifest.__struct_fields__}
+    return msgspec.json.format(msgspec.json.encode(table | {"facts": facts_table(manifest.facts)}), indent=2) + b"\n"

@@ -112,7 +112,7 @@ def role_shapes(facts: Facts) -> dict[str, Shape]:
     if embed != hidden:
         shapes["project_out.weight"] = (embed, hidden)
     if not facts.tied_head:
-        shapes["head.weight"] = (facts.vocab_size, embed)
+        shapes |= {"head.weight": (facts.vocab_size, embed), "head.bias": (facts.vocab_size,)}
     return shapes
 
 
@@ -121,11 +121,22 @@ def _layer_shapes(facts: Facts) -> dict[str, Shape]:
     heads, kv = facts.num_heads * facts.head_dim, facts.num_kv_heads * facts.head_dim
     shapes: dict[str, Shape] = {"attn.norm.weight": (hidden,), "attn.norm.bias": (hidden,)}
     for name, out, into in (("q", heads, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, heads)):
+        if name == "o":
+            shapes |= _qk_norm_shapes(facts)
         shapes |= {f"attn.{name}.weight": (out, into), f"attn.{name}.bias": (out,)}
     shapes |= {"ffn.norm.weight": (hidden,), "ffn.norm.bias": (hidden,)}
     for name in ("gate", "up") if facts.gated else ("up",):
         shapes |= {f"ffn.{name}.weight": (neurons, hidden), f"ffn.{name}.bias": (neurons,)}
     return shapes | {"ffn.down.weight": (hidden, neurons), "ffn.down.bias": (hidden,)}
+
+
+def _qk_norm_shapes(facts: Facts) -> dict[str, Shape]:
+    """Weights and biases of the norms of queries and keys: of one head, or of all."""
+    if facts.qk_norm == "none":
+        return {}
+    heads = {"q": facts.num_heads, "k": facts.num_kv_heads}
+    sizes = {name: facts.head_dim * (1 if facts.qk_norm == "head" else n) for name, n in heads.items()}
+    return {f"attn.{n}_norm.{kind}": (size,) for n, size in sizes.items() for kind in ("weight", "bias")}
 
 
 def is_required(role: str, facts: Facts) -> bool:

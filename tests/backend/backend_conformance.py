@@ -197,6 +197,21 @@ class BackendConformance:
         found = backend.fetch(backend.norm(backend.place(x), *vectors, kind, 1e-5))
         assert near(found, normed(x, weight, bias, kind, 1e-5), 1e-4)
 
+    @pytest.mark.parametrize("kind", ["rms", "layer"])
+    def test_norm_of_each_part_of_a_row(self, backend: Backend, kind: Any) -> None:
+        x, weight = normal(6, 5, 60) * 5 + 2, normal(1, 20)
+        found = backend.fetch(backend.norm(backend.place(x), backend.vector(weight), None, kind, 1e-5, 20))
+        parts = [normed(part, weight, None, kind, 1e-5) for part in np.split(x, 3, axis=1)]
+        assert near(found, np.concatenate(parts, axis=1), 1e-4)
+
+    def test_multiply(self, backend: Backend) -> None:
+        x, vector = normal(1, 3, 20), normal(3, 20)
+        placed = backend.place(x)
+        assert backend.multiply(placed, 0.22) is placed
+        assert np.array_equal(backend.fetch(placed), x * np.float32(0.22))
+        assert np.array_equal(backend.fetch(backend.multiply(placed, backend.vector(vector))),
+                              x * np.float32(0.22) * vector)  # fmt: skip
+
     def test_add(self, backend: Backend) -> None:
         x, y, vector = normal(1, 3, 20), normal(2, 3, 20), normal(3, 20)
         placed = backend.place(x)

@@ -165,7 +165,7 @@ class TestRope:
             theta=theta, rotary_dim=64, scaling="llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0,
             original_context=8192,
         )  # fmt: skip
-        expected = inverse_frequencies(plain) / inverse_frequencies(scaled)
+        expected = inverse_frequencies(plain, 64) / inverse_frequencies(scaled, 64)
         assert np.allclose(llama3_factors(theta, 64, factor), expected, rtol=1e-5)
 
     def test_llama3_is_recognised(self, tmp_path: Path) -> None:
@@ -188,9 +188,20 @@ class TestRope:
         assert open_checkpoint(tmp_path / "x.gguf").config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
 
     def test_what_cannot_be_followed_is_named_by_the_layout(self, tmp_path: Path) -> None:
-        write_gguf(tmp_path / "x.gguf", llama__rope__scaling__type="yarn", llama__rope__scaling__factor=4.0)
-        with pytest.raises(CheckpointError, match="rope type 'yarn'"):
+        write_gguf(tmp_path / "x.gguf", llama__rope__scaling__type="sideways", llama__rope__scaling__factor=4.0)
+        with pytest.raises(CheckpointError, match="rope type 'sideways'"):
             pack(tmp_path / "x.gguf", tmp_path / "store")
+
+    def test_yarn(self, tmp_path: Path) -> None:
+        scaling = {"llama__rope__scaling__type": "yarn", "llama__rope__scaling__factor": 4.0}
+        write_gguf(tmp_path / "x.gguf", **scaling, llama__rope__scaling__original_context_length=32)
+        pack(tmp_path / "x.gguf", tmp_path / "store")
+        rope = open_store(tmp_path / "store").manifest.facts.rope
+        assert rope is not None
+        assert (rope.scaling, rope.factor, rope.original_context) == ("yarn", 4.0, 32)
+        write_gguf(tmp_path / "y.gguf", **scaling)
+        with pytest.raises(CheckpointError, match="original_context_length"):
+            open_checkpoint(tmp_path / "y.gguf")
 
 
 def reference_logits(config, tensors, tokens) -> np.ndarray:

@@ -82,6 +82,27 @@ class TestFacts:
     def test_activation_names(self, given, expected):
         assert facts(hidden_act=given).activation == expected
 
+    def test_every_activation_of_transformers_is_followed_or_refused(self):
+        import numpy as np
+        import torch
+        from transformers.activations import ACT2CLS, ACT2FN
+
+        from tests.backend.reference import activated
+
+        x, refused = np.linspace(-6, 6, 101), set()
+        for name in sorted(ACT2CLS):
+            try:
+                ours = activated(x, facts(hidden_act=name).activation)
+            except LayoutError as e:
+                assert f"hidden_act = '{name}'" in str(e)  # noqa: PT017
+                refused.add(name)
+                continue
+            np.testing.assert_allclose(ours, ACT2FN[name](torch.tensor(x)).numpy(), atol=1e-6)
+        assert refused == {
+            "gelu_10", "hardswish", "laplace", "leaky_relu", "linear", "mish", "prelu", "relu6", "sigmoid",
+            "sqrtsoftplus", "tanh", "xielu",
+        }  # fmt: skip
+
     def test_opt_350m(self):
         config = {**OPT, "do_layer_norm_before": False}
         shapes = {n: s for n, s in opt_shapes().items() if not n.startswith("model.decoder.final_layer_norm")}
@@ -135,9 +156,15 @@ class TestRope:
     @pytest.mark.parametrize(
         ("parameters", "message"),
         [
-            ({"rope_type": "yarn", "factor": 4.0}, "rope type 'yarn'; default, linear, llama3 are supported"),
-            ({"type": "dynamic", "factor": 4.0}, "rope type 'dynamic'"),
-            ({"rope_type": "yarn", "beta_fast": 32}, "not understood"),
+            (
+                {"rope_type": "mrope"},
+                "rope type 'mrope'; default, linear, dynamic, llama3, yarn, longrope are supported",
+            ),
+            ({"rope_type": "yarn", "long_factor": [2.0]}, "type yarn with long_factor are not understood"),
+            ({"rope_type": "yarn", "factor": 4.0, "beta_fast": 0.5}, "impossible ramp"),
+            ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}, "impossible factors"),
+            ({"rope_type": "yarn", "factor": "four"}, "not understood"),
+            ({"rope_type": "yarn", "original_max_position_embeddings": -4}, "must be positive"),
             ({"full_attention": {"rope_type": "default"}}, "not understood"),
             ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
             ({"rope_type": "linear"}, "rope parameters: Expected `float`, got `null`"),
@@ -164,6 +191,55 @@ class TestRope:
         smooth = np.clip(smooth, 0, 1)
         expected = LlamaRotaryEmbedding(config).inv_freq.numpy()
         np.testing.assert_allclose((1 - smooth) * base / ours.factor + smooth * base, expected, rtol=1e-6)
+
+
+WINDOWED = {**LLAMA, "architectures": ["MistralForCausalLM"]}
+SMOLLM3 = {**LLAMA, "architectures": ["SmolLM3ForCausalLM"]}
+QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "sliding_window": 8}
+
+
+class TestWindow:
+    def test_limits_the_context(self):
+        found = match({**WINDOWED, "sliding_window": 8}, llama_shapes()).facts
+        assert (found.context_length, found.window) == (8, 8)
+
+    def test_what_cannot_be(self):
+        with pytest.raises(LayoutError, match=r"Expected `int \| null`.*window"):
+            match({**WINDOWED, "sliding_window": "8"}, llama_shapes())
+
+    def test_more_heads_than_tensors(self):
+        config = {**LLAMA, "architectures": ["StableLmForCausalLM"], "qk_layernorm": True, "hidden_size": 8 * 10**12,
+                  "num_attention_heads": 10**12, "num_key_value_heads": 10**12}  # fmt: skip
+        with pytest.raises(LayoutError, match=r"num_heads is 10{12} for \d+ tensors"):
+            match(config, llama_shapes())
+
+    @pytest.mark.parametrize("window", [None, 10**6])
+    def test_a_wide_one_does_not(self, window):
+        found = match({**WINDOWED, "sliding_window": window}, llama_shapes()).facts
+        assert (found.context_length, found.window) == (LLAMA["max_position_embeddings"], window)
+
+    def test_is_refused_where_only_some_layers_have_it(self):
+        with pytest.raises(LayoutError, match="use_sliding_window = True"):
+            match({**QWEN2, "use_sliding_window": True}, llama_shapes())
+
+
+class TestRotatedLayers:
+    @pytest.mark.parametrize(
+        ("given", "skipped"),
+        [({"no_rope_layers": [0, 1]}, (0,)), ({}, ()), ({"no_rope_layer_interval": 1}, (0, 1)),
+         ({"no_rope_layer_interval": 2}, (1,))],
+    )  # fmt: skip
+    def test_flags_or_interval(self, given, skipped):
+        rope = match({**SMOLLM3, **given, "tie_word_embeddings": False}, llama_shapes()).facts.rope
+        assert rope is not None
+        assert rope.skipped == skipped
+
+    @pytest.mark.parametrize(
+        "given", [{"no_rope_layers": [1]}, {"no_rope_layer_interval": 0}, {"num_hidden_layers": 10**15}]
+    )
+    def test_what_cannot_be(self, given):
+        with pytest.raises(LayoutError, match=r"no_rope_layer|10{15} layers"):
+            match({**SMOLLM3, **given, "tie_word_embeddings": False}, llama_shapes())
 
 
 class TestUnsupportedFacts:
@@ -203,7 +279,7 @@ class TestUnsupportedFacts:
 
 class TestMatching:
     def test_unknown_architecture_lists_the_known(self):
-        with pytest.raises(LayoutError, match=r"NewForCausalLM; known are .*LlamaForCausalLM.*nearest layout: llama"):
+        with pytest.raises(LayoutError, match=r"NewForCausalLM; known are .*LlamaForCausalLM.*nearest layout: mistral"):
             match({**LLAMA, "architectures": ["NewForCausalLM"]}, llama_shapes())
 
     @pytest.mark.parametrize("architectures", [None, [], "LlamaForCausalLM", [3]])
@@ -222,7 +298,7 @@ class TestMatching:
     def test_extra_tensor(self):
         shapes = {**llama_shapes(), "model.layers.0.self_attn.q_norm.weight": (4,)}
         with pytest.raises(
-            LayoutError, match=r"no place for tensor .*q_norm\.weight; nearest layout: llama \(matches 9"
+            LayoutError, match=r"no place for tensor .*q_norm\.weight; nearest layout: qwen3 \(matches 100"
         ):
             match(LLAMA, shapes)
 
@@ -290,6 +366,14 @@ class TestSchema:
             (lambda t: t["tensors"]["head.weight"].update(shape=[]), "has no shape"),
             (lambda t: t["tensors"]["head.weight"].update(shape=["wings"]), "names a fact that is not there"),
             (lambda t: t["tensors"]["head.weight"].update(name="head.{i}"), "disagree about"),
+            (lambda t: t["tensors"]["head.weight"].update(name="head.{h}"), "disagree about {h}"),
+            (lambda t: t["tensors"]["head.weight"].update(plus=1.0), "only vectors have plus"),
+            (lambda t: t["tensors"]["head.weight"].update(groups="num_heads"), "groups and no rows"),
+            (lambda t: t["tensors"]["head.weight"].update(rows=["0", "wings"]), "names a fact that is not there"),
+            (lambda t: t["tensors"]["head.weight"].update(rows=["0"]), "length 2"),
+            (lambda t: t["tensors"]["embed.weight"].update(otherwise="embed.weight"), "otherwise and no when"),
+            (lambda t: t["tensors"]["final_norm.weight"].update(transposed=True), "cannot be transposed"),
+            (lambda t: (t["tensors"]["head.weight"].update(interleaved=True), t.pop("rope")), "without"),
             (lambda t: t["tensors"]["head.weight"].update(dtype="f16"), "unknown field `dtype`"),
             (lambda t: t.update(prefixes=[]), "must not be empty"),
             (lambda t: t["rope"].update(colour=1), "unknown field `colour`"),
@@ -310,6 +394,20 @@ class TestSchema:
     def test_a_shape_the_role_has_not(self, table):
         table["tensors"]["head.weight"]["shape"] = ["hidden_size", "vocab_size"]
         with pytest.raises(LayoutError, match=r"gives head\.weight the shape \[16, 20\], not \[20, 16\]"):
+            match_layout(parse_layout(table, "here"), LLAMA, llama_shapes())
+
+    @pytest.mark.parametrize(
+        ("taken", "message"),
+        [
+            ({"rows": ["0", "vocab_size + 1"]}, "rows 0..21 of 1 parts of 20 rows"),
+            ({"rows": ["0", "2"], "groups": "3"}, "of 3 parts of 20 rows"),
+            ({"rows": ["0", "2"]}, r"takes \[2, 16\] for head.weight, not \[20, 16\]"),
+            ({"interleaved": True, "rows": ["0", "19"]}, "19 rows are no whole heads of 4"),
+        ],
+    )
+    def test_rows_that_cannot_be_taken(self, table, taken, message):
+        table["tensors"]["head.weight"] |= taken
+        with pytest.raises(LayoutError, match=message):
             match_layout(parse_layout(table, "here"), LLAMA, llama_shapes())
 
     def test_a_fact_defined_by_itself(self, table):

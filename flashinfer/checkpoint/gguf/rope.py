@@ -21,7 +21,7 @@ def rope_config(say: Mapping[str, Any], factors: npt.NDArray[np.float32] | None)
         factors: the tensor rope_freqs.weight, by which each frequency is divided: llama3 scaling.
 
     Raises:
-        ValueError: the factors are not those of llama3 scaling.
+        ValueError: the factors are not those of llama3 scaling, or yarn does not say its original context.
     """
     theta = float(say.get("freq_base", 10000.0))
     found: dict[str, Any] = {"rope_theta": theta}
@@ -39,6 +39,10 @@ def rope_config(say: Mapping[str, Any], factors: npt.NDArray[np.float32] | None)
         found["rope_scaling"] = {"rope_type": "linear", "factor": float(factor)}
     elif kind not in ("none", "linear"):
         found["rope_scaling"] = {"rope_type": kind, "factor": float(factor)}
+        if "scaling.original_context_length" in say:
+            found["rope_scaling"]["original_max_position_embeddings"] = say["scaling.original_context_length"]
+        elif kind == "yarn":
+            raise ValueError("yarn scaling without rope.scaling.original_context_length")
     return found
 
 

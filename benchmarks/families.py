@@ -1,0 +1,89 @@
+"""The families that run, and how far their logits are from transformers': `docs/families.md`.
+
+    python benchmarks/families.py > docs/families.md
+
+Every case of `tests/families.py` is written by transformers, packed, and run at the floor: the same comparison as
+`tests/engine/test_families.py`, whose limit is 1e-4.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from flashinfer import pack
+from flashinfer.backend import open_backend
+from flashinfer.config import Cap
+from flashinfer.engine import Model
+from flashinfer.errors import CapTooSmallError
+from flashinfer.store import Facts
+from tests.families import CASES, make
+
+PROMPT = [int(t) for t in np.random.default_rng(7).integers(3, 89, 40)]
+INTRO = """# Families
+
+Made by `benchmarks/families.py`; not to be edited. Each line is a tiny random checkpoint (3 layers, hidden 40, FFN 107,
+4 heads) that transformers {version} wrote from the config in `tests/families.py`, run on {backend} in float32 with the
+least memory it can run in. The difference is the largest of all logits of a prompt of 40 tokens, at once and token by
+token, from transformers' own; `scale` is the standard deviation of those logits. What the activation is depends on the
+checkpoint: families are listed with that of the case.
+
+What streams at the floor: of a sparse model the neurons that fire, of a dense one all neurons; in both all matrices of
+attention and head, and of a sparse model the one that decides who fires.
+
+| case | layout | activation | neurons | streams | largest difference | scale |
+| --- | --- | --- | --- | --- | --- | --- |"""
+
+
+def difference(checkpoint: Path, store: Path) -> tuple[float, float, Facts, str]:
+    """Largest difference of logits at the floor, the standard deviation of transformers', the facts, the backend."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        expected = reference(torch.tensor([PROMPT])).logits[0].numpy()
+    try:
+        Model.open(store, Cap(weight_memory=1))
+        raise AssertionError("one byte is below every floor")
+    except CapTooSmallError as e:
+        floor = e.floor
+    with Model.open(store, Cap(weight_memory=floor)) as model:
+        assert not model.plan.resident
+        session = model.session()
+        steps = np.stack([model.step(session, [t]) for t in PROMPT])
+        both = [model.logits(model.session(), PROMPT), steps]
+        largest = max(float(np.abs(found - expected).max()) for found in both)
+        return largest, float(expected.std()), model.facts, open_backend("cpu", 1, "auto").name
+
+
+def line(case: str, folder: Path) -> tuple[str, str]:
+    """A line of the table, and the backend it was measured on."""
+    pack(make(case, folder / "checkpoint"), folder / "store")
+    largest, scale, f, backend = difference(folder / "checkpoint", folder / "store")
+    kind = f"{f.activation}, gated" if f.gated else f.activation
+    streams = "those that fire" if f.sparse else "all"
+    cells = (case, f"`{f.family}`", kind, "sparse" if f.sparse else "dense", streams, f"{largest:.1e}", f"{scale:.2f}")
+    return f"| {' | '.join(cells)} |", backend
+
+
+def main() -> None:
+    import transformers
+
+    lines, backend = [], ""
+    for case in CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            text, backend = line(case, Path(folder))
+        lines.append(text)
+        print(text, file=sys.stderr)
+    print(INTRO.format(version=transformers.__version__, backend=backend))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""How a role is cut out of a checkpoint's tensors: which rows, in which order, transposed or not. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Index = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A tensor of `shape` made of the tensors `names`: one of them, or several vectors one after the other.
+
+    `transposed`: they are `[in, out]`. `rows`: which rows of theirs (once transposed), in this order; of vectors, which
+    elements of all together. `plus` is added to every value (vectors only).
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    rows: Index
+    transposed: bool = False
+    plus: float = 0.0
+
+
+def taken_rows(total: int, groups: int, start: int, stop: int) -> Index:
+    """Rows `[start, stop)` of each of `groups` equal parts of `total` rows. Raises ValueError where they cannot be."""
+    if groups < 1 or total % groups or not 0 <= start < stop <= total // groups:
+        raise ValueError(f"rows {start}..{stop} of {groups} parts of {total} rows")
+    return (np.arange(groups)[:, None] * (total // groups) + np.arange(start, stop)).reshape(-1)
+
+
+def in_halves(rows: Index, head_dim: int, rotary_dim: int) -> Index:
+    """Rows of whole heads whose rotary pairs lie side by side (GPT-J), as the halves convention wants them.
+
+    Raises ValueError where they are no whole heads.
+    """
+    if len(rows) % head_dim:
+        raise ValueError(f"{len(rows)} rows are no whole heads of {head_dim}")
+    turned = np.arange(rotary_dim).reshape(-1, 2).T.reshape(-1)
+    order = np.concatenate([turned, np.arange(rotary_dim, head_dim)])
+    return rows.reshape(-1, head_dim)[:, order].reshape(-1)

@@ -1,0 +1,52 @@
+"""What becomes of queries and keys between their matrices and attention: norms, rotary positions, a scale."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from flashinfer.backend import Buffer
+from flashinfer.config import TILE_TOKENS
+from flashinfer.model.rotary import rotary_tables
+from flashinfer.model.rows import Rows
+from flashinfer.model.weights import Weights
+from flashinfer.store.facts import Facts
+from flashinfer.store.geometry import round_up
+
+
+class Heads:
+    """Queries `[tokens, heads * head_dim]` and keys `[tokens, kv heads * head_dim]` of a model of these facts.
+
+    context: the most positions there will be.
+    """
+
+    def __init__(self, facts: Facts, weights: Weights, context: int) -> None:
+        self._facts, self._weights, self._backend = facts, weights, weights.backend
+        self._skipped = frozenset(facts.rope.skipped) if facts.rope else frozenset()
+        # whole tiles: the padding rows of a prompt's last tile may stand for positions beyond the context
+        positions = round_up(context, TILE_TOKENS)
+        self._tables = rotary_tables(facts.rope, positions, context) if facts.rope else None
+
+    def prepare(self, layer: int, part: Literal["q", "k"], x: Buffer, rows: Rows) -> Buffer:
+        """Queries or keys of a layer as attention wants them, which divides products by `sqrt(head_dim)`. May
+        overwrite `x`."""
+        f = self._facts
+        x = self._norm(f"layers.{layer}.attn.{part}_norm", x)
+        if self._tables is not None and layer not in self._skipped:
+            cos, sin = (t[rows.first : rows.first + rows.total] for t in self._tables)
+            x = self._backend.rotate(x, f.head_dim, cos, sin)
+        if part == "q" and f.attention_scale is not None:
+            x = self._backend.multiply(x, f.attention_scale * math.sqrt(f.head_dim))
+        return x
+
+    def _norm(self, name: str, x: Buffer) -> Buffer:
+        f, backend = self._facts, self._backend
+        if f.qk_norm == "none":
+            return x
+        weight, bias = self._weights.vector(f"{name}.weight"), self._weights.vector(f"{name}.bias")
+        if f.qk_norm != "heads":
+            size = f.head_dim if f.qk_norm == "head" else None
+            return backend.norm(x, weight, bias, f.norm, f.norm_eps, size)
+        x = backend.norm(x, None, None, f.norm, f.norm_eps, f.head_dim)
+        x = x if weight is None else backend.multiply(x, weight)
+        return x if bias is None else backend.add(x, bias)

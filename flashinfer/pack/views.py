@@ -1,0 +1,85 @@
+"""A checkpoint whose tensors are those a layout cuts out of it, beside its own. Read on demand, like any other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from flashinfer.checkpoint import Checkpoint, TensorInfo
+from flashinfer.checkpoint.base import Columns, Words
+from flashinfer.layout.view import Index, View
+from flashinfer.quant import codec_named
+
+
+class Views:
+    """See `checkpoint.Checkpoint`. Closing it closes the checkpoint.
+
+    Rows of a view are read as the span of the checkpoint's rows that holds them: no more than they are times what a
+    fused tensor holds beside them.
+    """
+
+    def __init__(self, source: Checkpoint, views: Mapping[str, View]) -> None:
+        self._source, self._views = source, views
+        self.path, self.config, self.text = source.path, source.config, source.text
+        cut = {name: TensorInfo(name, self._dtype(view), view.shape) for name, view in views.items()}
+        self.tensors: Mapping[str, TensorInfo] = {**source.tensors, **cut}
+
+    def read_rows(self, name: str, start: int, stop: int) -> Words:
+        """See `Checkpoint.read_rows`."""
+        view = self._views.get(name)
+        if view is None:
+            return self._source.read_rows(name, start, stop)
+        if len(view.shape) == 1:
+            return self._vector(view)
+        return self._rows(view, view.rows[start:stop])
+
+    def read_columns(self, name: str, columns: Columns) -> Words:
+        """See `Checkpoint.read_columns`."""
+        view = self._views.get(name)
+        if view is None:
+            return self._source.read_columns(name, columns)
+        if len(view.shape) == 1:
+            return self._vector(view)[:, columns]
+        if not view.transposed:
+            return self._source.read_columns(view.names[0], columns)[view.rows]
+        return self._chosen(view, columns).T[view.rows].copy()
+
+    def will_need(self, name: str) -> None:
+        """See `Checkpoint.will_need`."""
+        for each in self._views[name].names if name in self._views else (name,):
+            self._source.will_need(each)
+
+    def close(self) -> None:
+        """See `Checkpoint.close`."""
+        self._source.close()
+
+    def _dtype(self, view: View) -> str:
+        """What is added to is float32 from there on."""
+        return "f32" if view.plus else self._source.tensors[view.names[0]].dtype
+
+    def _rows(self, view: View, rows: Index) -> Words:
+        """Those rows of the checkpoint's matrix (once transposed), in that order."""
+        name, first, last = view.names[0], int(rows.min()), int(rows.max()) + 1
+        if view.transposed:
+            return self._source.read_columns(name, slice(first, last)).T[rows - first].copy()
+        return self._source.read_rows(name, first, last)[rows - first]
+
+    def _chosen(self, view: View, columns: Columns) -> Words:
+        """The rows of the checkpoint's matrix that are those columns of the view, which is transposed."""
+        if isinstance(columns, slice):
+            first, last, _ = columns.indices(view.shape[1])
+            return self._source.read_rows(view.names[0], first, last)
+        rows: Words = np.concatenate([self._source.read_rows(view.names[0], int(n), int(n) + 1) for n in columns])
+        return rows
+
+    def _vector(self, view: View) -> Words:
+        """All of a vector, `[1, length]`."""
+        infos = [self._source.tensors[name] for name in view.names]
+        parts: list[Any] = [self._source.read_rows(i.name, 0, i.matrix[0]).reshape(-1) for i in infos]
+        words: Words = np.concatenate(parts)[view.rows].reshape(1, -1)
+        if not view.plus:
+            return words
+        values = codec_named(infos[0].dtype).decode(words.view(np.uint8), words.shape[1])
+        return (values + np.float32(view.plus)).view("<u4")

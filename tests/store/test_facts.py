@@ -1,0 +1,77 @@
+"""Facts that came later: left out where they say nothing new, held to what is possible."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashinfer.errors import StoreError
+from flashinfer.store import Facts
+from flashinfer.store.check import check_facts
+from flashinfer.store.facts import LATER_FACTS, Rope, facts_table
+
+ROPE = Rope(theta=10000.0, rotary_dim=4)
+FACTS = Facts(
+    family="llama", vocab_size=20, hidden_size=16, embed_size=16, intermediate_size=21, num_layers=2, num_heads=4,
+    num_kv_heads=2, head_dim=4, context_length=32, norm="rms", norm_eps=1e-6, norm_position="pre", activation="relu",
+    gated=True, tied_head=False, rope=ROPE,
+)  # fmt: skip
+CHANGES: dict[str, Any] = {
+    "parallel": True, "qk_norm": "heads", "embed_scale": 12.0, "residual_scale": 0.22, "logit_scale": 0.5,
+    "attention_scale": 0.1, "window": 64,
+}  # fmt: skip
+ROPE_CHANGES: dict[str, Any] = {
+    "attention_factor": 1.2, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False, "short_factor": (1.0, 1.0),
+    "long_factor": (2.0, 3.0), "skipped": (1,),
+}  # fmt: skip
+
+
+def need(condition: bool, what: str) -> None:
+    if not condition:
+        raise StoreError(what)
+
+
+def test_a_model_that_needs_none_is_written_as_before() -> None:
+    table = facts_table(FACTS)
+    assert not LATER_FACTS & (set(table) | set(table["rope"]))
+    assert list(table)[-4:] == ["rope", "position_offset", "final_norm", "norm_affine"]
+
+
+def test_every_later_fact_is_one() -> None:
+    assert set(CHANGES) | set(ROPE_CHANGES) == LATER_FACTS
+
+
+@given(st.sets(st.sampled_from(sorted(CHANGES))), st.sets(st.sampled_from(sorted(ROPE_CHANGES))))
+def test_what_is_written_is_read(changed: set[str], turned: set[str]) -> None:
+    rope = msgspec.structs.replace(ROPE, **{name: ROPE_CHANGES[name] for name in turned})
+    facts = msgspec.structs.replace(FACTS, rope=rope, **{name: CHANGES[name] for name in changed})
+    table = facts_table(facts)
+    assert LATER_FACTS & (set(table) | set(table["rope"])) == changed | turned
+    assert msgspec.json.decode(msgspec.json.encode(table), type=Facts) == facts
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parallel": True, "norm_position": "post"}, "side by side"),
+        ({"logit_scale": 0.0}, "logit_scale is 0.0"),
+        ({"attention_scale": float("inf")}, "attention_scale is inf"),
+        ({"embed_scale": float("nan")}, "embed_scale is nan"),
+        ({"window": 31}, "a context of 32, a window of 31"),
+        ({"rope": {"skipped": (2,)}}, "a layer that is not there"),
+        ({"rope": {"attention_factor": 0.0}}, "attention_factor"),
+        ({"rope": {"scaling": "yarn"}}, "impossible ramp"),
+        ({"rope": {"scaling": "yarn", "original_context": 8, "beta_slow": 40.0}}, "impossible ramp"),
+        ({"rope": {"scaling": "longrope", "original_context": 8}}, "impossible factors"),
+        ({"rope": {"scaling": "longrope", "original_context": 8, "short_factor": (1.0, 0.0),
+                   "long_factor": (1.0, 1.0)}}, "impossible factors"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be(change: dict[str, Any], message: str) -> None:
+    rope = msgspec.structs.replace(ROPE, **change.get("rope", {}))
+    with pytest.raises(StoreError, match=message):
+        check_facts(msgspec.structs.replace(FACTS, **(change | {"rope": rope})), need)
