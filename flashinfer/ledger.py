@@ -22,6 +22,8 @@ class Account:
     device_bytes: what the kernel says it fetched from storage for this process meanwhile, its page-ins of program and
     libraries among it; None where it does not say.
     useful_bytes: of the bytes read, those of records somebody needed and of streamed dense matrices.
+    planning: deciding what stays in the slots and what is read; copying: records to their slots; submitting: handing
+    reads to the kernel. Together they are `management`.
     hits, misses: records found in a slot, records that had to be read. guessed_bytes: of the bytes read, those read
     before anybody needed them; guessed_useful: of these, those of records that then were needed.
     """
@@ -30,7 +32,9 @@ class Account:
     tokens: int = 0
     seconds: float = 0.0
     io_wait: float = 0.0
-    management: float = 0.0
+    planning: float = 0.0
+    copying: float = 0.0
+    submitting: float = 0.0
     bytes_read: int = 0
     device_bytes: int | None = 0
     reads: int = 0
@@ -41,8 +45,18 @@ class Account:
     guessed_useful: int = 0
 
     @property
+    def management(self) -> float:
+        """Seconds that went to cache and I/O but not to waiting: planning, copying and submitting."""
+        return self.planning + self.copying + self.submitting
+
+    @property
+    def management_share(self) -> float:
+        """Management in parts of all seconds; 0 before the first step."""
+        return self.management / self.seconds if self.seconds else 0.0
+
+    @property
     def compute(self) -> float:
-        """Seconds that went neither to waiting for reads nor to planning and cache bookkeeping."""
+        """Seconds that went neither to waiting for reads nor to management."""
         return max(0.0, self.seconds - self.io_wait - self.management)
 
     @property
@@ -69,7 +83,7 @@ class Account:
 
     def to_json(self) -> dict[str, Any]:
         """Everything above as plain values."""
-        derived = ("compute", "hit_rate", "bytes_per_token", "tokens_per_second")
+        derived = ("management", "management_share", "compute", "hit_rate", "bytes_per_token", "tokens_per_second")
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
@@ -101,9 +115,17 @@ class Ledger:
         finally:
             account.fetched(before, device_bytes_read())
 
-    def managing(self) -> AbstractContextManager[None]:
-        """Charge the time inside to cache management."""
-        return self._timing("cache", "management")
+    def planning(self) -> AbstractContextManager[None]:
+        """Charge the time inside to planning: the cache policy, plans of reads, tables of places."""
+        return self._timing("cache", "planning")
+
+    def copying(self) -> AbstractContextManager[None]:
+        """Charge the time inside to copying records to their slots."""
+        return self._timing("copy records", "copying")
+
+    def submitting(self, name: str) -> AbstractContextManager[None]:
+        """Charge the time inside to handing reads to the kernel (see `submitted`)."""
+        return self._timing("submit reads", "submitting", reads=name)
 
     def waiting(self, name: str, batch: int) -> AbstractContextManager[None]:
         """Charge the time inside to waiting for that batch of reads (see `submitted`)."""

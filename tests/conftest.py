@@ -1,4 +1,4 @@
-"""Property tests try the same examples in every run, however long they take: a failure is the change's, not the day's."""
+"""Property tests try the same examples in every run, and are given time: a failure is the change's, not the day's."""
 
 from hypothesis import settings
 

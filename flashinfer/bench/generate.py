@@ -45,8 +45,9 @@ COMPARISON = (
 class Sample:
     """One run of one setting over the same tokens; bytes and milliseconds are per decoded token.
 
-    device_bytes: what the kernel says it fetched for this process (None where it does not say). first_token_s: loading
-    and prompt. predicted_*, bound_ms: see above; None where nothing was measured that they could rest on.
+    device_bytes: what the kernel says it fetched for this process (None where it does not say). management_*: planning
+    and cache bookkeeping, copies of records and handing reads to the kernel (see `ledger`). first_token_s: loading and
+    prompt. predicted_*, bound_ms: see above; None where nothing was measured that they could rest on.
     """
 
     mode: Mode
@@ -62,6 +63,7 @@ class Sample:
     tokens_per_second: float
     io_wait_ms: float
     management_ms: float
+    management_share: float
     compute_ms: float
     first_token_s: float
     token_ms: float
@@ -110,6 +112,7 @@ def run_setting(
             tokens_per_second=account.tokens_per_second,
             io_wait_ms=1e3 * account.io_wait / n,
             management_ms=1e3 * account.management / n,
+            management_share=account.management_share,
             compute_ms=1e3 * account.compute / n,
             first_token_s=model.ledger.load.seconds + model.ledger.prefill.seconds,
             token_ms=1e3 * account.seconds / n,

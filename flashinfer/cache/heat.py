@@ -27,6 +27,11 @@ SMALLEST_LOOK = 64
 """Candidates looked at together at the least."""
 UNBEATABLE = 2**62
 """A rival's pile that beats every candidate's."""
+STEPS = 64
+"""Steps of a halving in which the difference of two scores is told apart when they are added."""
+ADDED: npt.NDArray[np.float32] = np.log2(1 + np.exp2(-np.arange(24 * STEPS + 1) / STEPS)).astype(np.float32)
+"""What a score gains from another that is so many steps lower: log2(2**a + 2**b) - max(a, b). A table, so that the
+native policy has the same scores to the last bit on every machine."""
 
 
 class Heat:
@@ -45,8 +50,10 @@ class Heat:
 
     def use(self, records: Index, stamp: int) -> None:
         """Count one use of each record by the token with this stamp."""
+        old, now = self.score[records], np.float32(stamp / HALF_LIFE)
+        high, low = np.maximum(old, now), np.minimum(old, now)
         self.stamp[records] = stamp
-        self.score[records] = np.logaddexp2(self.score[records], np.float32(stamp / HALF_LIFE))
+        self.score[records] = high + ADDED[np.minimum((high - low) * STEPS, len(ADDED) - 1).astype(np.int64)]
 
     def pile(self, records: Index) -> Index:
         """The pile each record belongs to: a higher one is more used."""

@@ -29,8 +29,31 @@ class _Token:
     left: Index
 
 
+def check_sizes(records: int, slots: int, window: int, retention: Retention) -> None:
+    """What a windowed cache may be made of.
+
+    Raises:
+        ValueError: a negative size, or an unknown retention.
+    """
+    if records < 0 or slots < 0 or window < 0:
+        raise ValueError(f"no cache of {slots} slots for {records} records with a window of {window}")
+    if retention not in ("frequency", "window"):
+        raise ValueError(f"retention is 'frequency' or 'window', not {retention!r}")
+
+
+def check_preload(records: Index, slot_of: Index, free: int) -> None:
+    """What must hold before a preload.
+
+    Raises:
+        ValueError: the records do not fit, or one of them is resident.
+    """
+    if len(records) > free or bool((slot_of[records] >= 0).any()):
+        raise ValueError(f"{len(records)} records do not fit {free} free slots, or some are resident")
+
+
 class WindowCache:
-    """A `Policy` (see `cache.policy`). A step costs numpy work in proportion to the records it names.
+    """A `Policy` (see `cache.policy`), and the twin of the one in C++. A step costs work in proportion to the records
+    it names.
 
     When a step needs room: free slots, then candidates outside the window, coldest first, then the records
     of the window's oldest tokens. What is needed now never goes, so when every record is needed at every
@@ -51,10 +74,7 @@ class WindowCache:
     """
 
     def __init__(self, records: int, slots: int, *, window: int, retention: Retention = "frequency") -> None:
-        if records < 0 or slots < 0 or window < 0:
-            raise ValueError(f"no cache of {slots} slots for {records} records with a window of {window}")
-        if retention not in ("frequency", "window"):
-            raise ValueError(f"retention is 'frequency' or 'window', not {retention!r}")
+        check_sizes(records, slots, window, retention)
         self._map = SlotMap(records, slots)
         self._heat = Heat(records)
         self._window = window
@@ -102,7 +122,7 @@ class WindowCache:
         if len(misses) > room:
             claims, within = self._rank(misses, news)
             evicted = self._make_room(claims, within, room)
-            insert = claims[: room + len(evicted)]
+            insert = np.sort(claims[: room + len(evicted)])
             drop = np.concatenate((drop, evicted))
         slots, move_from, move_to = self._map.replace(drop, insert)
         self._tokens.extend(news)
@@ -115,8 +135,7 @@ class WindowCache:
         Raises:
             ValueError: they do not fit, or one of them is resident.
         """
-        if len(records) > self._map.free or bool((self.slot_of[records] >= 0).any()):
-            raise ValueError(f"{len(records)} records do not fit {self._map.free} free slots, or some are resident")
+        check_preload(records, self.slot_of, self._map.free)
         self._clock += 1
         self._heat.use(records, self._clock)
         self._heat.offer(records, self._clock)

@@ -91,10 +91,11 @@ def comparison_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
     for name in ("mode", "for"):
         table.add_column(name, no_wrap=True)
-    for name in ("DRAM", "read", "hits", "I/O", "mgmt", "CPU", "tokens/s"):
+    for name in ("DRAM", "read", "hits", "I/O", "mgmt", "of all", "CPU", "tokens/s"):
         table.add_column(name, justify="right", no_wrap=True)
     for r in rows:
-        times = (f"{r[name]:.1f}" for name in ("io_wait_ms", "management_ms", "compute_ms", "tokens_per_second"))
+        times = [f"{r[name]:.1f}" for name in ("io_wait_ms", "management_ms", "compute_ms", "tokens_per_second")]
+        times.insert(2, f"{100 * r['management_share']:.0f} %")
         sizes = (format_size(r[name]) for name in ("weights_in_memory", "bytes_read"))
         table.add_row(_mode(r), r["objective"], *sizes, f"{100 * r['hit_rate']:.0f} %", *times)
     return table

@@ -60,15 +60,15 @@ def _check_knobs(alignment: int, max_extent: int, max_gap: int = 0) -> None:
         raise ValueError(f"max_gap must not be negative, not {max_gap}")
 
 
-def _split(starts: Index, lengths: Index, targets: Index, max_extent: int) -> Extents:
+def _split(starts: Index, lengths: Index, targets: Index, max_extent: int) -> tuple[Index, Index, Index]:
     """Cut runs longer than `max_extent` into pieces of it; only a run's last piece is shorter."""
     if not lengths.size or int(lengths.max()) <= max_extent:
-        return Extents(starts, lengths, targets)
+        return starts, lengths, targets
     pieces = -(-lengths // max_extent)
     first = np.cumsum(pieces) - pieces
     run = np.repeat(np.arange(len(pieces)), pieces)
     within = (np.arange(len(run)) - first[run]) * max_extent
-    return Extents(starts[run] + within, np.minimum(lengths[run] - within, max_extent), targets[run] + within)
+    return starts[run] + within, np.minimum(lengths[run] - within, max_extent), targets[run] + within
 
 
 def plan_records(
@@ -92,9 +92,17 @@ def plan_records(
         ValueError: a knob is out of its range.
     """
     _check_knobs(alignment, max_extent, max_gap)
+    places, *reads = best_plan(records, record_bytes, offset, alignment, max_gap, max_extent)
+    return RecordPlan(records, places, Extents(*reads))
+
+
+def numpy_plan(
+    records: Index, record_bytes: int, offset: int, alignment: int, max_gap: int, max_extent: int
+) -> tuple[Index, Index, Index, Index]:
+    """The twin of the native plan: places of the records; offsets, lengths and targets of the reads."""
     if not records.size:
         empty = np.empty(0, dtype=np.int64)
-        return RecordPlan(records, empty, Extents(empty, empty, empty))
+        return empty, empty, empty, empty
     starts = records * record_bytes + offset
     low = starts & -alignment
     high = (starts + (record_bytes + alignment - 1)) & -alignment
@@ -104,7 +112,13 @@ def plan_records(
     lengths = high[np.concatenate((opens - 1, [len(records) - 1]))] - run_starts
     targets = np.cumsum(lengths) - lengths
     shift = np.repeat(targets - run_starts, np.diff(first, append=len(records)))
-    return RecordPlan(records, starts + shift, _split(run_starts, lengths, targets, max_extent))
+    return starts + shift, *_split(run_starts, lengths, targets, max_extent)
+
+
+try:
+    from flashinfer.native._bookkeeping import plan as best_plan
+except ImportError:  # no compiler at installation
+    best_plan = numpy_plan
 
 
 def cheapest(

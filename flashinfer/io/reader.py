@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +25,7 @@ class Extents:
     lengths: Index
     targets: Index
 
-    @property
+    @cached_property
     def total(self) -> int:
         """Bytes read, which is also the size the buffer needs."""
         return int(self.lengths.sum())
@@ -92,22 +93,28 @@ class ReaderFactory(Protocol):
         ...
 
 
+def check_target(target: npt.NDArray[np.uint8]) -> None:
+    """What reads may go to. Raises ValueError for anything else."""
+    if target.dtype != np.uint8 or target.ndim != 1 or not target.flags.c_contiguous or not target.flags.writeable:
+        raise ValueError("the target must be a writable contiguous one-dimensional uint8 array")
+
+
 def check_request(extents: Extents, target: npt.NDArray[np.uint8], alignment: int) -> None:
-    """What must hold before a submit, for every reader.
+    """What must hold before a submit, for every reader (the ring of io_uring looks at the extents itself).
 
     Raises:
         ValueError: the first condition that is broken.
     """
-    if target.dtype != np.uint8 or target.ndim != 1 or not target.flags.c_contiguous or not target.flags.writeable:
-        raise ValueError("the target must be a writable contiguous one-dimensional uint8 array")
+    check_target(target)
     if not len(extents.offsets) == len(extents.lengths) == len(extents.targets):
         raise ValueError("offsets, lengths and targets must have the same length")
     if not len(extents.offsets):
         return
-    everything = np.concatenate((extents.offsets, extents.lengths, extents.targets, [target.ctypes.data]))
-    if int(np.bitwise_or.reduce(everything)) & (alignment - 1):
+    bits = extents.offsets | extents.lengths | extents.targets  # negative where one of them is
+    every = int(np.bitwise_or.reduce(bits))
+    if (every | int(target.ctypes.data)) & (alignment - 1):
         raise ValueError(f"offsets, lengths, targets and the buffer's address must be multiples of {alignment}")
-    if int(everything.min()) < 0 or int(extents.lengths.min()) == 0:
+    if every < 0 or int(extents.lengths.min()) == 0:
         raise ValueError("offsets and targets must not be negative, lengths must be positive")
     if int((extents.targets + extents.lengths).max()) > len(target):
         raise ValueError(f"an extent ends beyond the target's {len(target)} bytes")

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from flashinfer.errors import PlatformError, StoreReadError
 from flashinfer.io.buffers import AlignedBuffer
 from flashinfer.io.files import TRUNCATED, OpenFile, describe, open_files
-from flashinfer.io.reader import Extents, ReadStats, check_request
+from flashinfer.io.reader import Extents, ReadStats, check_target
 
 if TYPE_CHECKING:
     from flashinfer.native._ring import Batch, Ring
@@ -71,7 +71,7 @@ class UringReader:
         """As `Reader.submit`."""
         if self._closed:
             raise ValueError("the reader is closed")
-        check_request(extents, target, self.alignment)
+        check_target(target)
         path = self._files[file].path
         batch = self._ring.submit(file, extents.offsets, extents.lengths, extents.targets, target)
         self.stats.count(extents)

@@ -23,14 +23,8 @@ LATE = 200e-6
 GROW, SHRINK = 1.2, 0.7
 POOR = 0.3
 """Share of a guess that must come true, or less is guessed."""
-
-
-@dataclass(frozen=True)
-class Held:
-    """Records of a layer that were guessed, have arrived, and start at these bytes of the arena."""
-
-    records: Index
-    places: Index
+MISSING = -1
+"""The place of a record that a layer needs and that is nowhere yet."""
 
 
 @dataclass
@@ -69,7 +63,8 @@ class Guesses:
     def submit(self, layer: int, records: Index) -> None:
         """Start reading as many of these records as there is time for. Sorted and distinct; none is in a slot."""
         assert self._guess is None
-        plan = self._plan(layer, records)
+        with self._ledger.planning():
+            plan = self._plan(layer, records)
         if not plan.extents.total:
             return
         start = self._start + self._turn * self._half
@@ -78,27 +73,31 @@ class Guesses:
         self._guess = _Guess(layer, plan, start, reading)
         self._ledger.current.guessed_bytes += plan.extents.total
 
-    def take(self, layer: int, misses: Index) -> Held:
-        """Which of the layer's misses had been guessed; waits until they are there."""
+    def take(self, layer: int, place: Index) -> None:
+        """Wait for what had been guessed for the layer, and note where it is.
+
+        place: byte of the arena at which each record starts; those that are MISSING and had been guessed get theirs.
+        """
         guess, self._guess = self._guess, None
-        nothing = Held(misses[:0], misses[:0])
         if guess is None:
-            return nothing
+            return
         began = time.perf_counter()
         try:
             self._reads.wait(guess.reading)
         except StoreReadError:  # nobody needs it yet: whoever does reads it again, and is told
-            return nothing
+            return
         late = time.perf_counter() - began > LATE
         if guess.layer != layer:
-            return nothing
-        found = np.intersect1d(guess.plan.records, misses, assume_unique=True)
+            return
+        with self._ledger.planning():
+            true = place[guess.plan.records] == MISSING
+            found = guess.plan.records[true]
+            place[found] = guess.start + guess.plan.places[true]
         poor = len(found) < POOR * len(guess.plan.records)
         self._limit = min(float(self._half), self._limit * (SHRINK if late or poor else GROW))
         account, size = self._ledger.current, len(found) * self._geometries[layer].record_bytes
         account.guessed_useful += size
         account.useful_bytes += size
-        return Held(found, guess.start + guess.plan.places_of(found))
 
     def settle(self) -> None:
         """Let everything under way end, and forget it."""
@@ -113,7 +112,7 @@ class Guesses:
         while True:
             plan = plan_records(
                 records[:count], record_bytes=g.record_bytes, offset=g.offset, alignment=self._alignment,
-                max_gap=0, max_extent=self._io.max_extent,
+                max_gap=self._io.max_gap, max_extent=self._io.max_extent,
             )  # fmt: skip
             if plan.extents.total <= room:
                 return plan

@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from flashinfer.backend import Backend
-from flashinfer.cache import AlwaysMiss, Change, Policy, WindowCache
+from flashinfer.cache import AlwaysMiss, Change, Policy, window_cache
 from flashinfer.config import RunConfig
 from flashinfer.io import Reader, RecordPlan, cheapest, group_tiles, plan_range, plan_records
 from flashinfer.ledger import Ledger
 from flashinfer.memory import Mode, Plan
-from flashinfer.model.ahead import Guesses
+from flashinfer.model.ahead import MISSING, Guesses
 from flashinfer.model.arena import Arena, Bytes
 from flashinfer.model.reads import Reading, Reads
 from flashinfer.model.stream import Piece, Stream
@@ -75,7 +75,7 @@ class NeuronStore:
         self._guesses = Guesses(
             geometries, reader, NEURON_FILE, run.io, arena.bytes, arena.guesses, plan.guess, ledger
         ) if plan.guess else None  # fmt: skip
-        self._place = np.zeros(max(g.records for g in geometries), dtype=np.int64)
+        self._places = np.zeros(max(g.records for g in geometries), dtype=np.int64)
         if mode == "cached":
             for layer in self._layers:
                 g, slots = layer.geometry, self._arena[layer.base :]
@@ -86,7 +86,7 @@ class NeuronStore:
         if self._mode != "cached":
             return AlwaysMiss(records)
         cache = self._run.cache
-        return WindowCache(records, slots, window=cache.window, retention=cache.retention)
+        return window_cache(records, slots, window=cache.window, retention=cache.retention)
 
     @property
     def effective_window(self) -> int:
@@ -110,8 +110,10 @@ class NeuronStore:
     ) -> Iterator[Group]:
         """See `model.weights.Weights.neurons`. The cache has the selection's records when the last group is out."""
         g = self._layers[index].geometry
-        recent = [g.records_of(neurons) for neurons in selection.recent]
-        yield from self._whole_step(index, g.records_of(selection.needed), recent, tiles, guess)
+        with self._ledger.planning():
+            recent = [g.records_of(neurons) for neurons in selection.recent]
+            needed = g.records_of(selection.needed)
+        yield from self._whole_step(index, needed, recent, tiles, guess)
 
     def _settle(self) -> None:
         self._reads.settle()
@@ -155,15 +157,19 @@ class NeuronStore:
     ) -> Iterator[Group]:
         """Decide, then read in batches: each is computed while the next one is read into the other half."""
         layer, account = self._layers[index], self._ledger.current
-        with self._ledger.managing():
+        with self._ledger.planning():
             change = layer.policy.step(needed, recent)
-            self._copy(layer, change.move_to, layer.base + change.move_from * layer.geometry.record_bytes)
+            place = self._placed(layer, needed, change.misses)
             account.hits += len(needed) - len(change.misses)
             account.misses += len(change.misses)
         arrived = np.zeros(len(change.insert_records), dtype=bool)
-        missing = self._guessed(index, change, arrived)
-        with self._ledger.managing():
-            batches = self._batches(layer, missing, tiles)
+        self._copy(layer, change.move_to, layer.base + change.move_from * layer.geometry.record_bytes)
+        if self._guesses is not None:
+            self._guesses.take(index, place)
+            self._insert(layer, change, place, arrived)
+        with self._ledger.planning():
+            missing = change.misses[place[change.misses] == MISSING]
+            batches = self._batches(layer, missing, tiles, place)
             account.useful_bytes += len(missing) * layer.geometry.record_bytes
         following: Index | None = None
         for i, batch in enumerate(batches):
@@ -175,34 +181,31 @@ class NeuronStore:
                 self._reads.wait(batch.reading)
             if following is not None:
                 self._guess(index + 1, following)
-            with self._ledger.managing():
-                self._insert(layer, change, batch, arrived)
-                offsets = self._offsets(layer, change, tiles[batch.first : batch.last], batch, arrived)
+            place[batch.plan.records] = self._staging + batch.half * self._half + batch.plan.places
+            self._insert(layer, change, place, arrived)
+            with self._ledger.planning():
+                offsets = _offsets(layer.geometry, tiles[batch.first : batch.last], place)
             yield Group(batch.first, batch.last, self._arena, offsets)
 
     def _guess(self, index: int, neurons: Index) -> None:
         """Read what of these has no slot before the layer asks for it."""
         if self._guesses is not None and index < len(self._layers):
-            records = self._layers[index].geometry.records_of(neurons)
-            self._guesses.submit(index, records[self._layers[index].policy.slot_of[records] < 0])
+            layer = self._layers[index]
+            with self._ledger.planning():
+                records = layer.geometry.records_of(neurons)
+                absent = records[layer.policy.slot_of[records] < 0]
+            self._guesses.submit(index, absent)
 
-    def _guessed(self, index: int, change: Change, arrived: npt.NDArray[np.bool_]) -> Index:
-        """What of the misses must still be read. What had been guessed is there now, and in its slot if it stays."""
-        if self._guesses is None:
-            return change.misses
-        held, layer = self._guesses.take(index, change.misses), self._layers[index]
-        if not len(held.records):
-            return change.misses
-        with self._ledger.managing():
-            self._place[held.records] = held.places
-            there = np.zeros(layer.geometry.records, dtype=bool)
-            there[held.records] = True
-            here = np.flatnonzero(there[change.insert_records])
-            self._copy(layer, change.insert_slots[here], self._place[change.insert_records[here]])
-            arrived[here] = True
-            return change.misses[~there[change.misses]]
+    def _placed(self, layer: _Layer, needed: Index, misses: Index) -> Index:
+        """Byte of the arena at which each needed record starts, MISSING for those that have not arrived; it is filled
+        in as they do, and says nothing of other records. There is one such table, valid for one step."""
+        place = self._places[: layer.geometry.records]
+        place.fill(0)
+        place[needed] = layer.base + layer.policy.slot_of[needed] * layer.geometry.record_bytes
+        place[misses] = MISSING
+        return place
 
-    def _batches(self, layer: _Layer, missing: Index, tiles: Index) -> list[_Batch]:
+    def _batches(self, layer: _Layer, missing: Index, tiles: Index, place: Index) -> list[_Batch]:
         """Tiles grouped so that what each group misses fits into half of the staging buffer."""
         g, io = layer.geometry, self._run.io
         knobs = {
@@ -211,11 +214,7 @@ class NeuronStore:
         }  # fmt: skip
         found = [(0, len(tiles), plan_records(missing, **knobs, max_gap=io.max_gap))]
         if found[0][2].extents.total > self._half:
-            wants = np.zeros(g.records, dtype=bool)
-            wants[missing] = True
-            needed = [g.records_of(tile[tile >= 0]) for tile in tiles]
-            wanted = [records[wants[records]] for records in needed]
-            found = group_tiles(wanted, budget=self._half, **knobs, max_gap=io.max_gap)
+            found = group_tiles(_wanted(g, tiles, place), budget=self._half, **knobs, max_gap=io.max_gap)
         if io.objective == "time":
             limits = knobs | {"in_flight": io.in_flight, "budget": self._half}
             found = [(a, b, cheapest(plan, io.disk, **limits)) for a, b, plan in found]
@@ -227,41 +226,42 @@ class NeuronStore:
             target = self._arena[self._staging + batch.half * self._half :][: extents.total]
             batch.reading = self._reads.submit(extents, target)
 
-    def _offsets(
-        self, layer: _Layer, change: Change, tiles: Index, batch: _Batch, arrived: npt.NDArray[np.bool_]
-    ) -> Index:
-        """Byte of the arena at which each neuron's bundle starts, 0 (the zeros) for padding."""
-        g = layer.geometry
-        self._place[batch.plan.records] = self._staging + batch.half * self._half + batch.plan.places
-        position = g.positions(np.maximum(tiles, 0))
-        record, within = np.divmod(position, g.bundles_per_record)
-        slot = layer.policy.slot_of[record]
-        in_slot = slot >= 0
-        if not arrived.all():
-            on_its_way = np.zeros(g.records, dtype=bool)
-            on_its_way[change.insert_records[~arrived]] = True
-            in_slot &= ~on_its_way[record]
-        start = np.where(in_slot, layer.base + slot * g.record_bytes, self._place[record])
-        return np.where(tiles >= 0, start + within * g.bundle_bytes, 0)
-
     # -- slots
 
-    def _insert(self, layer: _Layer, change: Change, batch: _Batch, arrived: npt.NDArray[np.bool_]) -> None:
-        """Copy the batch's records that stay from staging to their slots."""
-        if arrived.all():
-            return
-        read = np.zeros(layer.geometry.records, dtype=bool)
-        read[batch.plan.records] = True
-        here = np.flatnonzero(read[change.insert_records] & ~arrived)
-        at = self._staging + batch.half * self._half + batch.plan.places_of(change.insert_records[here])
-        self._copy(layer, change.insert_slots[here], at)
-        arrived[here] = True
+    def _insert(self, layer: _Layer, change: Change, place: Index, arrived: npt.NDArray[np.bool_]) -> None:
+        """Copy the records that stay, and have arrived since the last call, to their slots."""
+        with self._ledger.planning():
+            at = place[change.insert_records]
+            here = np.flatnonzero((at != MISSING) & ~arrived)
+            arrived[here] = True
+        self._copy(layer, change.insert_slots[here], at[here])
 
     def _copy(self, layer: _Layer, slots: Index, sources: Index) -> None:
         """Records at these bytes of the arena to these slots."""
-        if len(slots):
-            size = layer.geometry.record_bytes
+        if not len(slots):
+            return
+        size = layer.geometry.record_bytes
+        with self._ledger.copying():
             self._backend.copy(self._arena, layer.base + slots * size, sources, size)
+
+
+def _wanted(g: Geometry, tiles: Index, place: Index) -> list[Index]:
+    """The records of each tile whose `place` is MISSING, sorted and distinct."""
+    record = g.positions(tiles) // g.bundles_per_record
+    tile = np.arange(len(tiles))[:, None]
+    pairs = np.unique((tile * g.records + record)[(place[record] == MISSING) & (tiles >= 0)])
+    return np.split(pairs % g.records, np.searchsorted(pairs, tile[1:, 0] * g.records))
+
+
+def _offsets(g: Geometry, tiles: Index, place: Index) -> Index:
+    """Byte of the arena at which each neuron's bundle starts, 0 (the zeros) for padding; `place` is of the records."""
+    position = g.positions(tiles)  # of padding, anybody's
+    if g.bundles_per_record == 1:
+        start = place[position]
+    else:
+        record, within = np.divmod(position, g.bundles_per_record)
+        start = place[record] + within * g.bundle_bytes
+    return np.where(tiles >= 0, start, 0)
 
 
 def load_slots(g: Geometry, slots: int, memory: Bytes, reads: Reads, alignment: int, max_extent: int) -> int:

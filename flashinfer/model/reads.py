@@ -31,7 +31,8 @@ class Reads:
     def submit(self, extents: Extents, target: npt.NDArray[np.uint8], useful: int = 0) -> Reading:
         """Start reading, and charge it; `useful` of the bytes are wanted (0: the caller says so itself)."""
         number = self._ledger.submitted(self._name, extents.total, len(extents.offsets), useful)
-        reading = Reading(self._reader.submit(self._file, extents, target), number)
+        with self._ledger.submitting(self._name):
+            reading = Reading(self._reader.submit(self._file, extents, target), number)
         self._under_way.append(reading)
         return reading
 

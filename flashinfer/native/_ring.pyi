@@ -31,7 +31,8 @@ class Ring:
         targets: npt.NDArray[np.int64],
         target: npt.NDArray[np.uint8],
     ) -> Batch:
-        """Start reading. Raises ValueError when closed, after fork(), or when an extent does not fit the target."""
+        """Start reading. Raises ValueError when closed, after fork(), or when an extent or the target breaks what must
+        hold before (`io.reader.Reader`), by the largest alignment of the files."""
 
     def wait(self, batch: Batch) -> tuple[int, int] | None:
         """Block until the batch has ended. The place in it of the read that failed first, and its errno (0: the

@@ -32,8 +32,10 @@ Ring::Ring(std::vector<File> files, unsigned depth, bool timed)
     throw std::invalid_argument("the number of reads in flight must be from 1 to " + std::to_string(MAX_DEPTH));
   kernel_.emplace(depth);
   std::vector<int> fds;
-  for (const File &file : files_)
+  for (const File &file : files_) {
     fds.push_back(file.fd);
+    alignment = std::max(alignment, file.alignment);
+  }
   registered = !fds.empty() && kernel_->register_files(fds);
 }
 

@@ -74,6 +74,7 @@ public:
   void fault(std::size_t file, std::int64_t offset, std::int64_t result, int times);
 
   const std::size_t n_files;
+  std::int64_t alignment = 1; // of reads of any of the files
   bool registered = false;
 
 private:

@@ -67,14 +67,21 @@ std::shared_ptr<Batch> submit(Ring &ring, std::size_t file, const Column &offset
     throw nb::value_error("offsets, lengths and targets must have the same length");
   if (file >= ring.n_files)
     throw nb::index_error("no such file");
+  const std::int64_t beyond = ring.alignment - 1; // the bits that must be 0
+  if (reinterpret_cast<std::uintptr_t>(address) & static_cast<std::uintptr_t>(beyond))
+    throw nb::value_error("the buffer's address must be a multiple of the alignment");
   auto batch = std::make_shared<Batch>();
   batch->file = file;
   batch->left = count;
   batch->reads.reserve(count);
   for (std::size_t i = 0; i < count; ++i) {
     const std::int64_t length = lengths(i), place = places(i);
-    if (offsets(i) < 0 || length < 1 || place < 0 || length > size || place > size - length)
-      throw nb::value_error("an extent does not fit the file or the target");
+    if (offsets(i) < 0 || length < 1 || place < 0)
+      throw nb::value_error("offsets and targets must not be negative, lengths must be positive");
+    if ((offsets(i) | length | place) & beyond)
+      throw nb::value_error("offsets, lengths and targets must be multiples of the alignment");
+    if (length > size || place > size - length)
+      throw nb::value_error("an extent ends beyond the target");
     batch->reads.push_back({batch.get(), offsets(i), length, 0, address + place, 0, 0.0});
   }
   batch->keep = target.ptr();

@@ -53,8 +53,8 @@ class Geometry:
 
     def records_of(self, neurons: Index) -> Index:
         """Sorted distinct records that hold these original neuron indices."""
-        if self.bundles_per_record == 1 and self.position_of is None:
-            return neurons
+        if self.bundles_per_record == 1:
+            return neurons if self.position_of is None else np.sort(self.position_of[neurons])
         touched = np.zeros(self.records, dtype=bool)
         touched[self.positions(neurons) // self.bundles_per_record] = True
         return np.flatnonzero(touched)

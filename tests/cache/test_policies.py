@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from flashinfer.cache import AlwaysMiss, Change, Policy, WindowCache
+from flashinfer.cache import AlwaysMiss, Change, Policy, WindowCache, window_cache
 from flashinfer.cache.slotmap import Index
 
 RECORDS = 24
@@ -103,6 +103,13 @@ class WindowMachine(PolicyConformance):
         return WindowCache(RECORDS, slots, window=window, retention="window")
 
 
+class NativeMachine(PolicyConformance):
+    """The twin where the native core is not built; `test_native_window` holds the two together."""
+
+    def make(self, slots: int, window: int) -> Policy:
+        return window_cache(RECORDS, slots, window=window)
+
+
 class AlwaysMissMachine(PolicyConformance):
     keeps = False
 
@@ -112,7 +119,8 @@ class AlwaysMissMachine(PolicyConformance):
 
 TestFrequency = FrequencyMachine.TestCase
 TestWindow = WindowMachine.TestCase
+TestNative = NativeMachine.TestCase
 TestAlwaysMiss = AlwaysMissMachine.TestCase
-TestFrequency.settings = TestWindow.settings = TestAlwaysMiss.settings = settings(
+TestFrequency.settings = TestWindow.settings = TestNative.settings = TestAlwaysMiss.settings = settings(
     max_examples=80, stateful_step_count=30, deadline=None, derandomize=True
 )

@@ -41,7 +41,10 @@ def test_it_shows_what_the_ledger_counts(packed, tmp_path: Path) -> None:
 
     assert seconds("load", "prefill", "decode") == pytest.approx(sum(a.seconds for a in accounts), rel=1e-3)
     assert seconds("wait for reads") == pytest.approx(sum(a.io_wait for a in accounts), rel=1e-3)
-    assert seconds("cache") == pytest.approx(sum(a.management for a in accounts), rel=1e-3)
+    assert seconds("cache") == pytest.approx(sum(a.planning for a in accounts), rel=1e-3)
+    assert seconds("copy records") == pytest.approx(sum(a.copying for a in accounts), rel=1e-3)
+    assert seconds("submit reads") == pytest.approx(sum(a.submitting for a in accounts), rel=1e-3)
+    assert all(0 < a.submitting <= a.management < a.seconds for a in accounts)
     for name in ("attention", "ffn"):
         found = [e["args"]["layer"] for e in spans if e["name"] == name]
         assert found == list(range(layers)) * (1 + len(TOKENS))

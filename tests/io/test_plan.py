@@ -23,6 +23,7 @@ from flashinfer.io import (
     plan_records,
     worst_case_bytes,
 )
+from flashinfer.io.plan import numpy_plan
 
 MOST_RECORDS = 60
 UNIT = 16
@@ -86,6 +87,16 @@ def read(extents: Extents, file_bytes: int, alignment: int) -> bytes:
     with AlignedBuffer(extents.total) as buffer:
         reader.submit(0, extents, buffer.array).wait()
         return buffer.array.tobytes()
+
+
+@settings(deadline=None)
+@given(knobs(), record_sets)
+def test_the_native_plan_is_its_numpy_twin(knob: Knobs, records: list[int]) -> None:
+    bookkeeping = pytest.importorskip("flashinfer.native._bookkeeping", reason="the native core is not built")
+    asked = np.array(records, dtype=np.int64), *knob.__dict__.values()
+    for native, twin in zip(bookkeeping.plan(*asked), numpy_plan(*asked), strict=True):
+        assert native.dtype == twin.dtype == np.int64
+        assert native.tolist() == twin.tolist()
 
 
 @settings(deadline=None)

@@ -123,7 +123,7 @@ class UringConformance(ReaderConformance):
         alive = weakref.ref(target.array)
         ring = cast(UringReader, reader)._ring
         offset, length, place = (np.array([n]) for n in (0, 8192, 4096))
-        with pytest.raises(ValueError, match="does not fit"):
+        with pytest.raises(ValueError, match="beyond the target"):
             ring.submit(0, offset, length, place, target.array)
         with pytest.raises(IndexError):
             reader.submit(2, extents((0, 4096, 0)), target.array)
