@@ -7,6 +7,7 @@
     │   ├── StoreReadError     an I/O error while reading it: file, offset, length
     │   └── StoreBusyError     another writer holds its lock
     ├── PredictorError         the store has no such predictor: it was not calibrated, or not for that
+    ├── QuantError             a store cannot be quantised as asked
     ├── DiskFullError          not enough room on the disk for what was asked
     ├── CapTooSmallError       the memory cap lies below the floor; `.floor` says it
     ├── CapTooLargeError       the memory cap lies above what this process may use; `.usable` says it
@@ -49,6 +50,10 @@ class StoreError(FlashInferError):
 
 class PredictorError(FlashInferError):
     """The store does not carry the predictor, or the level of it, that is asked for."""
+
+
+class QuantError(FlashInferError):
+    """A store cannot be quantised as asked: it is already, a value does not fit, or too much would be lost."""
 
 
 class StoreReadError(StoreError):

@@ -1,4 +1,4 @@
-"""`flashinfer calibrate`: learn from a text who fires, and write it into the store."""
+"""`flashinfer calibrate`: learn from a text who fires, and write it into the store; or quantise the store by it."""
 
 from __future__ import annotations
 
@@ -57,9 +57,28 @@ def command(
     density: Annotated[
         float | None, typer.Option(min=0.01, max=1, help="Share of neurons thresholds keep. (default: from perplexity)")
     ] = None,
+    quant: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE",
+            show_default=False,
+            help="Instead, put matrices into other codecs, as `pack --quant` does: int4, ffn=nf4,attn=int8, ...",
+        ),
+    ] = None,
+    gptq: Annotated[
+        bool, typer.Option("--gptq", help="With --quant: round so that errors make up for each other.")
+    ] = False,
+    act_order: Annotated[bool, typer.Option(help="With --gptq: what has the largest inputs first.")] = True,
     max_ppl_increase: Annotated[
-        str, typer.Option("--max-ppl-increase", metavar="SHARE", help="What thresholds may cost in perplexity.")
-    ] = DEFAULT_PPL,
+        str | None,
+        typer.Option(
+            "--max-ppl-increase",
+            metavar="SHARE",
+            show_default=False,
+            help="What thresholds may cost in perplexity. (default: "
+            f"{DEFAULT_PPL}) With --quant: what it may cost; what loses most is kept in more bits.",
+        ),
+    ] = None,
     order: Annotated[bool, typer.Option(help="Move neurons next to those they fire with.")] = True,
     threads: Annotated[int, typer.Option(min=0, help="Compute threads; 0 is all cores.")] = RunConfig.threads,
     backend: BackendOption = DEFAULT_BACKEND,
@@ -69,6 +88,7 @@ def command(
     log_level: LogLevelOption = None,
 ) -> None:
     """Learn from a text which neurons fire, and write predictors, statistics and a better neuron order into the store.
+    With --quant instead put its matrices into other codecs, and judge by the text what that costs.
 
     The store changes all at once in the end. A calibration that was interrupted goes on where it was when the same
     command is given again.
@@ -78,23 +98,35 @@ def command(
     from flashinfer.tune.options import Options
     from flashinfer.units import parse_share
 
+    run = RunConfig(backend=backend.value, threads=threads)
+    with usage_errors("--max-ppl-increase"):
+        worse = None if max_ppl_increase is None else parse_share(max_ppl_increase)
+    if quant is not None:
+        from flashinfer.cli.calibrate_quant import quantise_store
+        from flashinfer.tune.quantising import QuantOptions
+
+        if predictor:
+            raise typer.BadParameter("--quant and --predictor exclude each other: quantise first", param_hint="--quant")
+        how = QuantOptions(quant, gptq, act_order, worse, tokens, held_out, context)
+        quantise_store(store, text, how, cap=cap, run=run, device=device.value, as_json=as_json)
+        return
+    if gptq:
+        raise typer.BadParameter("it rounds weights to a codec: say which with --quant", param_hint="--gptq")
     for name in predictor or ():
         if name not in MAKING:
             raise typer.BadParameter(f"calibration makes {', '.join(MAKING)}, not {name!r}", param_hint="--predictor")
     with usage_errors("--budget"):
         share = parse_share(budget)
-    with usage_errors("--max-ppl-increase"):
-        worse = parse_share(max_ppl_increase)
     options = Options(
         tokens=tokens, held_out=held_out, context=context, recall=recall, over=over, share=share, density=density,
         recalls=tuple(level or Options.recalls), densities=tuple(level or Options.densities),
-        make=cast("tuple[Making, ...]", tuple(predictor or ())), max_ppl_increase=worse, order=order, seed=seed,
+        make=cast("tuple[Making, ...]", tuple(predictor or ())), order=order, seed=seed,
+        max_ppl_increase=Options.max_ppl_increase if worse is None else worse,
     )  # fmt: skip
     from flashinfer.cli.progress import token_progress
     from flashinfer.tune.calibrate import calibrate
     from flashinfer.tune.judge import check_peak
 
-    run = RunConfig(backend=backend.value, threads=threads)
     with token_progress() as progress:
         report = calibrate(store, text, options, cap=cap, run=run, device=device.value, progress=progress)
     if as_json:

@@ -17,9 +17,11 @@ from flashinfer.ledger import Ledger
 from flashinfer.memory import Plan
 from flashinfer.model.reads import Reads
 from flashinfer.model.stream import Piece, Stream
-from flashinfer.quant import codec_named
+from flashinfer.quant import Codec, LlmInt8, codec_named
 from flashinfer.speed import multiplied
 from flashinfer.store import Manifest, TensorEntry, use_order
+from flashinfer.store.open import outlier_codec
+from flashinfer.store.roles import outliers_role
 
 Bytes = npt.NDArray[np.uint8]
 Index = npt.NDArray[np.int64]
@@ -55,6 +57,7 @@ class DenseWeights:
         self._vectors = {
             n: self._load_vector(n) for n, t in self._tensors.items() if len(t.shape) == 1 and t.codec != "i32"
         }
+        self._codecs = {role: self._codec(role) for role in self._tensors}
         self._resident = {name: self._load_matrix(name) for name in sorted(plan.resident)}
         streamed = [n for n in multiplied(manifest) if n not in self._resident]
         # their own account of what is under way: rows that are looked up do not wait for it
@@ -94,7 +97,7 @@ class DenseWeights:
         for block in self._blocks[role]:
             start = self._ring + self._stream.take(block.piece.key) + block.place
             raw = self._memory[start : start + block.piece.useful]
-            yield block.first, self._backend.matrix(raw, tensor.codec, block.rows, tensor.shape[1], keep=False)
+            yield block.first, self._backend.matrix(raw, self._codecs[role], block.rows, tensor.shape[1], keep=False)
         self._stream.release()
 
     def lookup(self, role: str, ids: Index) -> npt.NDArray[np.float32]:
@@ -171,7 +174,16 @@ class DenseWeights:
         with buffer:
             return self._backend.vector(raw.view("<f4").copy())
 
+    def _codec(self, role: str) -> str | Codec:
+        """What `Backend.matrix` is told: a name, or of `llm.int8` the codec with the matrix's outlier columns."""
+        tensor, outliers = self._tensors[role], outliers_role(role)
+        if tensor.codec != LlmInt8.name or outliers is None:
+            return tensor.codec
+        buffer, raw = self._read(outliers)
+        with buffer:
+            return outlier_codec(raw.view("<i4").tolist(), tensor.shape[1], outliers)
+
     def _load_matrix(self, role: str) -> Buffer:
         """On a CPU the matrix is a view of the memory the device wrote to, and keeps it; elsewhere that is let go."""
         _, raw = self._read(role)
-        return self._backend.matrix(raw, self._tensors[role].codec, *self._tensors[role].shape, keep=True)
+        return self._backend.matrix(raw, self._codecs[role], *self._tensors[role].shape, keep=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Final
@@ -46,11 +47,13 @@ class Recipe:
         ]
 
 
-def parse_recipe(text: str | None) -> Recipe:
+def parse_recipe(text: str | None, more: Sequence[str] = ()) -> Recipe:
     """`nf4`, or `ffn=nf4,attn=int8,head=f16`, or both: a codec for all, then exceptions. Names on the left are classes,
     or patterns of roles (`layers.0.*=f16`; `flashinfer inspect` lists roles).
 
     A quantised codec for all means: attention and feed-forward in it, embedding and head in int8. Vectors are f32.
+
+    more: names of codecs that are known beside those of `quant.CODECS`.
 
     Raises:
         ValueError: an unknown codec, or something that is neither a codec nor NAME=CODEC; says what there is.
@@ -61,12 +64,16 @@ def parse_recipe(text: str | None) -> Recipe:
         if not equals:
             if rules:
                 raise ValueError(f"{part.strip()!r} comes after other names; one codec for all comes first")
-            rules += _for_all(user_codec(name).name)
+            rules += _for_all(_codec(name, more))
         elif name in CLASSES or "." in name:
-            rules.append((name, user_codec(codec).name))
+            rules.append((name, _codec(codec, more)))
         else:
             raise ValueError(f"{name!r} is no kind of matrix; there are {', '.join(CLASSES)}, and patterns of roles")
     return Recipe(tuple(rules))
+
+
+def _codec(name: str, more: Sequence[str]) -> str:
+    return name if name in more else user_codec(name).name
 
 
 def _for_all(codec: str) -> list[tuple[str, str]]:

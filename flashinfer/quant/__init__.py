@@ -3,7 +3,7 @@
 from flashinfer.quant.codec import CODECS, GROUPED, PLAIN, Codec, codec_named, user_codec
 from flashinfer.quant.grouped import Grouped
 from flashinfer.quant.layout import Layout
-from flashinfer.quant.llm_int8 import LlmInt8
+from flashinfer.quant.llm_int8 import LlmInt8, codec_with
 from flashinfer.quant.plain import bf16_to_f32, f32_to_bf16
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "LlmInt8",
     "bf16_to_f32",
     "codec_named",
+    "codec_with",
     "f32_to_bf16",
     "user_codec",
 ]

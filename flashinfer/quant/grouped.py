@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from flashinfer.quant.layout import Layout, packed
+from flashinfer.quant.layout import Layout
 
 F32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -59,12 +59,7 @@ class Grouped:
         finite = np.isfinite(layout.scales(out, elements)).all()
         if not finite or (layout.zero and not np.isfinite(layout.zeros(out, elements)).all()):
             raise OverflowError(f"a value lies beyond the range of {self.name}; use bf16 or f32")
-        codes[:, elements:] = 0
-        at = layout.codes_at(elements)
-        if layout.bits == 8:
-            out[:, at : at + elements] = codes[:, :elements]
-        else:
-            out[:, at:] = packed(codes[:, : layout.columns(elements)])
+        layout.write_codes(out, codes[:, :elements])
 
     def _decode(self, data: Bytes, out: F32) -> None:
         """Decode a few rows. Writes `out`."""

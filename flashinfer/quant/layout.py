@@ -115,6 +115,13 @@ class Layout:
         stored = data[:, self.codes_at(elements) :]
         return stored[:, :elements] if self.bits == 8 else unpacked(stored)[:, :elements]
 
+    def write_codes(self, data: Bytes, codes: Bytes) -> None:
+        """Put codes `[n, elements]`, one to a byte, in their places in rows `[n, bytes]`. Writes `data`."""
+        elements = codes.shape[1]
+        stored = np.zeros((len(codes), self.columns(elements)), dtype=np.uint8)
+        stored[:, :elements] = codes
+        data[:, self.codes_at(elements) :] = stored if self.bits == 8 else packed(stored)
+
     @property
     def _unit(self) -> int:
         """Columns whose codes take 16 bytes."""

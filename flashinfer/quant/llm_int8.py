@@ -10,12 +10,14 @@ scale, at an outlier its float16. So a product is that of the int8 row, plus the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
+from flashinfer.quant.codec import Codec, codec_named
 from flashinfer.quant.grouped import pieces
 from flashinfer.quant.int8 import INT8
 from flashinfer.quant.layout import ALIGNMENT
@@ -25,12 +27,15 @@ F32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 
+NAME = "llm.int8"
+
+
 @dataclass(frozen=True)
 class LlmInt8:
     """The codec of one tensor: `outliers` are its outlier columns, ascending. Raises ValueError where they are not."""
 
     outliers: tuple[int, ...]
-    name = "llm.int8"
+    name = NAME
 
     def __post_init__(self) -> None:
         if any(a >= b for a, b in pairwise((-1, *self.outliers))):
@@ -66,3 +71,12 @@ class LlmInt8:
 
     def _outlier_bytes(self) -> int:
         return -(-2 * len(self.outliers) // ALIGNMENT) * ALIGNMENT
+
+
+def codec_with(name: str, outliers: Iterable[int]) -> Codec:
+    """The codec of that name; of `llm.int8` the one with these outlier columns, which others have none of.
+
+    Raises:
+        StoreError: a name this version does not know. ValueError: columns that are not ascending.
+    """
+    return LlmInt8(tuple(outliers)) if name == NAME else codec_named(name)

@@ -9,17 +9,19 @@ from typing import Protocol
 
 from flashinfer.config import FILE_ALIGNMENT
 from flashinfer.errors import StoreError
-from flashinfer.quant import codec_named
+from flashinfer.quant import LlmInt8, codec_named, codec_with
 from flashinfer.store.facts import Facts, Rope
 from flashinfer.store.manifest import Manifest, NeuronLayer, PartEntry, TensorEntry
 from flashinfer.store.roles import (
     RANK_UNIT,
     bundle_parts,
     ffn_role,
+    is_outliers,
     is_predictor,
     is_required,
     lowrank_role,
     order_role,
+    outliers_role,
     predictor_shapes,
     role_shapes,
     sketch_role,
@@ -54,6 +56,7 @@ def check_manifest(m: Manifest, where: str) -> None:
     check_facts(m.facts, need)
     need(len(m.layers) == m.facts.num_layers, f"{len(m.layers)} neuron layers, facts say {m.facts.num_layers}")
     _check_files(m, need)
+    _check_outliers(m, need)
     _check_tensors(m, need)
     _check_predictors(m, need)
     for i, layer in enumerate(m.layers):
@@ -116,7 +119,7 @@ def _check_tensors(m: Manifest, need: Need) -> None:
     }
     bundled = {ffn_role(i, p.role) for i, layer in enumerate(m.layers) for p in layer.parts}
     for role, t in m.tensors.items():
-        if is_predictor(role):
+        if is_predictor(role) or is_outliers(role):
             continue
         need(role in shapes, f"unknown role {role[:80]!r}")
         need(t.file == "dense", f"tensor {role} belongs in the dense file")
@@ -126,6 +129,29 @@ def _check_tensors(m: Manifest, need: Need) -> None:
     for role in shapes:
         present = role in m.tensors or role in bundled
         need(present or not is_required(role, m.facts), f"tensor {role} is missing")
+
+
+def _check_outliers(m: Manifest, need: Need) -> None:
+    """Columns for each `llm.int8` matrix, which are of the dense file, and for nothing else."""
+    users = {role: outliers_role(role) for role, t in m.tensors.items() if t.codec == LlmInt8.name}
+    shapes = role_shapes(m.facts)
+    for role, outliers in users.items():
+        need(
+            outliers is not None and role in shapes,
+            f"tensor {role[:80]} cannot have outlier columns, which {LlmInt8.name} is for",
+        )
+        need(
+            outliers in m.tensors, f"tensor {role} is {LlmInt8.name}, and its outlier columns ({outliers}) are missing"
+        )
+    for role in filter(is_outliers, m.tensors):
+        t = m.tensors[role]
+        need(role in users.values(), f"tensor {role[:80]} names outlier columns of no matrix")
+        width = min(shapes[user][1] for user, outliers in users.items() if outliers == role)
+        need(
+            len(t.shape) == 1 and 0 < t.shape[0] <= width, f"tensor {role} of shape {list(t.shape)} for {width} columns"
+        )
+        need(t.file == "dense", f"tensor {role} belongs in the dense file")
+        _check_tensor(m, role, t, need)
 
 
 def _check_predictors(m: Manifest, need: Need) -> None:
@@ -172,12 +198,13 @@ def _check_sketch(m: Manifest, i: int, need: Need) -> None:
 
 
 def _check_tensor(m: Manifest, role: str, t: TensorEntry, need: Need) -> None:
-    if role.endswith(".ffn.order"):
+    if role.endswith(".ffn.order") or is_outliers(role):
         need(t.codec == "i32", f"tensor {role} has codec {t.codec}, i32 was expected")
         width = 4 * t.shape[0]
     else:
         need(len(t.shape) == 2 or t.codec == "f32", f"vector {role} has codec {t.codec}, f32 was expected")
-        width = codec_named(t.codec).row_bytes(t.shape[-1])
+        columns = m.tensors.get(outliers_role(role) or "") if t.codec == LlmInt8.name else None
+        width = codec_with(t.codec, range(0 if columns is None else columns.shape[0])).row_bytes(t.shape[-1])
     expected = width * (t.shape[0] if len(t.shape) == 2 else 1)
     need(t.bytes == expected, f"tensor {role} has {t.bytes} bytes, its shape needs {expected}")
     unit = FILE_ALIGNMENT if len(t.shape) == 2 else 64

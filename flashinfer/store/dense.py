@@ -12,7 +12,7 @@ import msgspec
 import xxhash
 
 from flashinfer.config import FILE_ALIGNMENT
-from flashinfer.quant import codec_named
+from flashinfer.quant import codec_with
 from flashinfer.store.files import HashedFile
 from flashinfer.store.geometry import round_up
 from flashinfer.store.manifest import NO_HASH, TensorEntry
@@ -23,18 +23,22 @@ _DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "i32": "I32"}
 
 @dataclass(frozen=True)
 class DenseTensor:
-    """What goes into the file under a role: its codec, its shape, the checkpoint's name for it."""
+    """What goes into the file under a role: its codec, its shape, the checkpoint's name for it; of `llm.int8` how many
+    outlier columns it has."""
 
     role: str
     codec: str
     shape: tuple[int, ...]
     source: str
+    outliers: int = 0
 
     @property
     def bytes(self) -> int:
         """Encoded size."""
         rows, cols = (1, self.shape[0]) if len(self.shape) == 1 else self.shape
-        return rows * (4 * cols if self.codec == "i32" else codec_named(self.codec).row_bytes(cols))
+        return rows * (
+            4 * cols if self.codec == "i32" else codec_with(self.codec, range(self.outliers)).row_bytes(cols)
+        )
 
 
 @dataclass(frozen=True)

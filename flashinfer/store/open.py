@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,12 @@ import numpy.typing as npt
 import xxhash
 
 from flashinfer.errors import StoreError, StoreReadError
-from flashinfer.quant import codec_named
+from flashinfer.quant import Codec, LlmInt8, codec_with
 from flashinfer.store.calibration import SECTION, Calibration, decode_calibration, weights_id
 from flashinfer.store.geometry import Geometry
 from flashinfer.store.manifest import MANIFEST_NAME, FileEntry, Manifest
 from flashinfer.store.parse import decode_manifest
+from flashinfer.store.roles import outliers_role
 
 LARGEST_MANIFEST = 256 * 1024 * 1024
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -60,7 +63,20 @@ class Store:
         if t.codec == "i32":
             return data.view("<i4").astype(np.int32, copy=False)
         rows = data.reshape(t.shape[0] if len(t.shape) == 2 else 1, -1)
-        return codec_named(t.codec).decode(rows, t.shape[-1]).reshape(t.shape)
+        return self.codec(role).decode(rows, t.shape[-1]).reshape(t.shape)
+
+    def codec(self, role: str) -> Codec:
+        """The codec of a tensor of matrix values; of `llm.int8` it reads the outlier columns.
+
+        Raises:
+            StoreError: they are none that can be. StoreReadError: they cannot be read.
+        """
+        t = self.manifest.tensors[role]
+        outliers = outliers_role(role)
+        if t.codec != LlmInt8.name or outliers is None:
+            return codec_with(t.codec, ())
+        columns = self.read_tensor(outliers).tolist()
+        return outlier_codec(columns, t.shape[1], f"{self.root}: {outliers}")
 
     def calibration(self) -> Calibration | None:
         """What `calibrate` learnt about this model, None where it was never run.
@@ -99,6 +115,14 @@ class Store:
         if len(data) != length:
             raise StoreReadError(str(path), offset, length, f"the file ends after {len(data)} bytes of them")
         return bytes(data)
+
+
+def outlier_codec(columns: Sequence[int], width: int, where: str) -> Codec:
+    """`llm.int8` with these outlier columns of a matrix of `width` columns; `where` names them in errors. Raises
+    StoreError where they are not ascending columns of it."""
+    if any(a >= b for a, b in pairwise((-1, *columns, width))):
+        raise StoreError(f"{where} are not ascending columns below {width}; the store is damaged: pack it again")
+    return LlmInt8(tuple(columns))
 
 
 def open_store(path: str | Path) -> Store:

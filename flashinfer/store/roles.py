@@ -24,6 +24,9 @@ PREDICTOR_PARTS = (
 """What predictors may add to a layer, in the order of use; `docs/format.md` has their shapes."""
 PREDICTORS = {"certified": "sketch", "low-rank": "lowrank", "threshold": "threshold"}
 """By predictor, what its parts begin with."""
+_INPUTS = {"attn.q": "attn", "attn.k": "attn", "attn.v": "attn", "attn.o": "attn.o", "ffn.gate": "ffn", "ffn.up": "ffn"}
+"""By matrix, the input it shares."""
+_MULTIPLIED = re.compile(rf"layers\.(\d+)\.({'|'.join(map(re.escape, _INPUTS))})\.weight")
 _PREDICTOR = re.compile(r"layers\.\d+\.ffn\.(lowrank|sketch|threshold)(\..*)?")
 
 
@@ -50,6 +53,21 @@ def sketch_role(layer: int, part: str) -> str:
 def threshold_role(layer: int) -> str:
     """Name of a layer's thresholds, `[neurons]`."""
     return ffn_role(layer, "threshold")
+
+
+def outliers_role(role: str) -> str | None:
+    """Name of the tensor of the outlier columns that an `llm.int8` matrix of that role has; matrices of the same input
+    share it. None where a matrix can have none."""
+    match = _MULTIPLIED.fullmatch(role)
+    if match is None:
+        return None
+    layer, part = match.groups()
+    return f"layers.{layer}.{_INPUTS[part]}.outliers"
+
+
+def is_outliers(role: str) -> bool:
+    """Whether a tensor of that role names outlier columns."""
+    return role.endswith(".outliers")
 
 
 def is_predictor(role: str) -> bool:
@@ -82,12 +100,16 @@ def use_order(manifest: Manifest) -> list[str]:
 def all_roles(facts: Facts) -> Iterator[str]:
     """Every role a store of a model of these facts may have, in the order of use.
 
-    To those of `role_shapes` it adds a layer's predictors, after the norm they share with the decision matrix, and its
-    permutation, which comes last of its layer.
+    To those of `role_shapes` it adds a layer's predictors, after the norm they share with the decision matrix, its
+    permutation, which comes last of its layer, and outlier columns, before the first matrix that has them.
     """
     norms = {f"layers.{i}.ffn.norm.bias": i for i in range(facts.num_layers)}
     ends = {ffn_role(i, "down.bias"): i for i in range(facts.num_layers)}
+    before = ""
     for role in role_shapes(facts):
+        outliers = outliers_role(role)
+        if outliers is not None and outliers != before:
+            yield (before := outliers)
         yield role
         if role in norms:
             yield from predictor_shapes(facts, norms[role], RANK_UNIT)

@@ -75,7 +75,7 @@ def collect(
         StoreError, DiskFullError: samples cannot be written. CapTooSmallError: the cap is below the model's floor and
         what observing takes. Else what `Model` raises.
     """
-    windows = _windows(ids, context, bos)
+    windows = windows_of(ids, context, bos)
     parts = _parts(windows)
     done = sum(len(windows[i]) for part in parts if work.done(_name(part)) for i in part)
     total = sum(map(len, windows))
@@ -116,7 +116,7 @@ def _further(progress: Progress, before: int, total: int, done: int) -> None:
     progress(before + done, total)
 
 
-def _windows(ids: Ids, context: int, bos: int | None) -> list[Ids]:
+def windows_of(ids: Ids, context: int, bos: int | None) -> list[Ids]:
     """The text in windows, each with BOS where there is one."""
     room = context - (bos is not None)
     start = [] if bos is None else [bos]

@@ -14,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from flashinfer.config import COPY_CHUNK, PACK_BLOCK, DiskCurve
+from flashinfer.config import COPY_CHUNK, PACK_BLOCK, TILE_ROWS, DiskCurve
 from flashinfer.errors import StoreError, StoreReadError
+from flashinfer.quant import Codec, codec_with
 from flashinfer.store import FileEntry, Store
 from flashinfer.store.neurons import Bytes, Chosen
-from flashinfer.store.roles import ffn_role
+from flashinfer.store.roles import ffn_role, outliers_role
 
 Index = npt.NDArray[np.int64]
 
@@ -31,10 +32,23 @@ class Source:
 
     def __init__(self, store: Store) -> None:
         self.manifest, self._store = store.manifest, store
+        self.codecs: dict[str, str] = {}
+        """By role, codecs that these bytes are in instead of those the manifest says."""
+        self.outliers: dict[str, tuple[int, ...]] = {}
+        """By their role, outlier columns of those among them that are `llm.int8`."""
         self._dense, self._neurons = _File(store, store.manifest.dense), _File(store, store.manifest.neurons)
         self._scratch = np.empty(COPY_CHUNK, dtype=np.uint8)
         self._layer, self._starts = -1, np.empty(0, dtype=np.int64)
         self._checked: dict[tuple[int, int], _File] = {}
+
+    def codec(self, role: str) -> Codec:
+        """What the bytes of a matrix come in; f32 for vectors. Raises StoreError, StoreReadError."""
+        if role in self.codecs:
+            return codec_with(self.codecs[role], self.outliers.get(outliers_role(role) or "", ()))
+        if role in self.manifest.tensors:
+            return self._store.codec(role)
+        _, layer, _, part = role.split(".", 3)
+        return codec_with(next(p.codec for p in self.manifest.layers[int(layer)].parts if p.role == part), ())
 
     def __enter__(self) -> Source:
         """Open the files."""
@@ -69,11 +83,25 @@ class Source:
         if layer != self._layer:
             self._leave()
             self._layer, self._starts = layer, self._bundle_starts(layer)
-        inside = self._bundled(layer, chosen, wanted)
-        return {p: inside[p] if p in inside else self._dense_rows(ffn_role(layer, p), chosen) for p in wanted}
+        inside = self.bundled(layer, chosen, wanted)
+        return {p: inside[p] if p in inside else self.rows(ffn_role(layer, p), chosen) for p in wanted}
 
-    def _bundled(self, layer: int, chosen: Chosen, wanted: Sequence[str]) -> dict[str, Bytes]:
-        """Those of the wanted parts that are in the bundles: views of one array."""
+    def rows(self, role: str, chosen: Chosen) -> Bytes:
+        """These rows of a dense matrix, or values of a vector: `[rows, bytes]`; checked."""
+        t = self.manifest.tensors[role]
+        self._check(self._dense, t.offset, t.bytes, t.xxh3, f"tensor {role}")
+        width = t.bytes // t.shape[0]
+        return self._gather(self._dense, (t.offset + width * np.arange(t.shape[0], dtype=np.int64))[chosen], width)
+
+    def row_blocks(self, role: str) -> Iterator[tuple[int, Bytes]]:
+        """A dense matrix in blocks of whole tiles of rows: the first row, and `[rows, bytes]`."""
+        t = self.manifest.tensors[role]
+        step = TILE_ROWS * max(1, PACK_BLOCK // (t.bytes // t.shape[0] * TILE_ROWS))
+        for start in range(0, t.shape[0], step):
+            yield start, self.rows(role, slice(start, start + step))
+
+    def bundled(self, layer: int, chosen: Chosen, wanted: Sequence[str]) -> dict[str, Bytes]:
+        """Those of the wanted parts that are in the bundles, `[neurons, bytes]`."""
         n = self.manifest.layers[layer]
         ends = [p.offset for p in n.parts[1:]] + [n.bundle_bytes]
         spans = {p.role: (p.offset, end) for p, end in zip(n.parts, ends, strict=True) if p.role in wanted}
@@ -83,13 +111,6 @@ class Source:
         first, last = min(a for a, _ in spans.values()), max(b for _, b in spans.values())
         rows = self._gather(self._neurons, self._starts[chosen] + first, last - first)
         return {role: rows[:, a - first : b - first] for role, (a, b) in spans.items()}
-
-    def _dense_rows(self, role: str, chosen: Chosen) -> Bytes:
-        """These rows of a dense matrix, or values of a vector: `[rows, bytes]`."""
-        t = self.manifest.tensors[role]
-        self._check(self._dense, t.offset, t.bytes, t.xxh3, f"tensor {role}")
-        width = t.bytes // t.shape[0]
-        return self._gather(self._dense, (t.offset + width * np.arange(t.shape[0], dtype=np.int64))[chosen], width)
 
     def _bundle_starts(self, layer: int) -> Index:
         """Where in the neuron file the bundle of each neuron begins, by original index."""

@@ -1,12 +1,14 @@
-"""Another arrangement of the same weights: decision matrices in or out of the bundles, neurons in another order.
+"""Another arrangement of the weights: decision matrices in or out of the bundles, neurons in another order, matrices in
+other codecs.
 
-The bytes of every weight stay what they are; the result is what `pack` would have written with these options.
+The bytes of every weight whose codec is kept stay what they are; the result is what `pack` would have written with
+these options.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import msgspec
@@ -30,7 +32,16 @@ from flashinfer.store.neurons import (
     write_neurons,
 )
 from flashinfer.store.progress import Meter, Progress
-from flashinfer.store.roles import all_roles, bundle_parts, ffn_role, is_predictor, order_role, role_shapes
+from flashinfer.store.roles import (
+    all_roles,
+    bundle_parts,
+    ffn_role,
+    is_outliers,
+    is_predictor,
+    order_role,
+    outliers_role,
+    role_shapes,
+)
 from flashinfer.tune.gather import Source, damaged
 
 Decision = Literal["separate", "bundled"]
@@ -57,8 +68,11 @@ def plan_rewrite(
     orders: Sequence[npt.ArrayLike | None],
     bundles_per_record: int | Sequence[int] | None = None,
     keep_predictors: bool = False,
+    codecs: Mapping[str, str] | None = None,
+    outliers: Mapping[str, Sequence[int]] | None = None,
 ) -> RewritePlan:
-    """Decide what `rewrite`, whose arguments these are, will write. Pure.
+    """Decide what `rewrite`, whose arguments these are, will write; codecs and outlier columns are those of its source.
+    Pure.
 
     Raises:
         StoreError: an option that cannot be.
@@ -66,7 +80,11 @@ def plan_rewrite(
     facts = old.facts
     permutations = _orders(orders, facts.num_layers, facts.intermediate_size)
     counts = _counts(bundles_per_record, facts.num_layers, facts.intermediate_size)
-    weights = [_layer_weights(old, i) for i in range(facts.num_layers)]
+    codecs = codecs or {}
+    weights = [
+        {part: replace(p, codec=codecs.get(ffn_role(i, part), p.codec)) for part, p in layer_weights(old, i).items()}
+        for i in range(facts.num_layers)
+    ]
     layers = plan_layers(
         facts,
         [[w[role] for role in bundle_parts(facts, decision, set(w))] for w in weights],
@@ -76,7 +94,7 @@ def plan_rewrite(
         permuted=permutations,
     )
     bundled = {ffn_role(i, p.role) for i, layer in enumerate(layers) for p in layer.parts}
-    dense = plan_dense(_dense_tensors(old, weights, permutations, bundled))
+    dense = plan_dense(_dense_tensors(old, weights, permutations, bundled, codecs, outliers or {}))
     kept = {role: t for role, t in old.tensors.items() if keep_predictors and is_predictor(role)}
     if decision == "separate" and any(".sketch." in role for role in kept):
         raise StoreError("a sketch belongs to a decision matrix in the bundles; it cannot be kept without that")
@@ -101,6 +119,7 @@ def rewrite(
     orders: Sequence[npt.ArrayLike | None],
     bundles_per_record: int | Sequence[int] | None = None,
     keep_predictors: bool = False,
+    source: Source | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Write the weights of `store` anew through `update`; the manifest that names the new files, to be committed.
@@ -116,22 +135,26 @@ def rewrite(
         bundles_per_record: of all layers, or per layer; None chooses it as `pack` does.
         keep_predictors: whether predictors and sections stay in the manifest. None of them depends on the order, but
             statistics of what was read do.
+        source: where the bytes come from; one whose weights have other codecs (`recode.Recoded`) changes them so.
         progress: called with bytes written and bytes in all.
 
     Raises:
         StoreError: an option that cannot be, or damage in the old files.
         DiskFullError: no room.
     """
+    source = source or Source(store)
     plan = plan_rewrite(
         store.manifest,
         decision=decision,
         orders=orders,
         bundles_per_record=bundles_per_record,
         keep_predictors=keep_predictors,
+        codecs=source.codecs,
+        outliers=source.outliers,
     )
     total = sum(t.bytes for t in plan.dense.entries.values()) + sum(n.bytes for n in plan.draft.layers)
     meter = Meter(total, progress)
-    with Source(store) as source:
+    with source:
         with update.create("dense", ".safetensors") as file:
             tensors = write_dense(file, plan.dense, lambda role: meter(_dense_chunks(source, plan, role)))
         _check_copies(store, tensors)
@@ -147,6 +170,8 @@ def _dense_chunks(source: Source, plan: RewritePlan, role: str) -> Iterator[memo
     """The bytes of a tensor of the new dense file."""
     if role in plan.orders:
         yield plan.orders[role].data.cast("B")
+    elif role in source.outliers:
+        yield np.array(source.outliers[role], dtype="<i4").data.cast("B")
     elif role in source.manifest.tensors:
         yield from source.tensor_chunks(role)
     else:
@@ -171,11 +196,13 @@ def _check_copies(store: Store, tensors: dict[str, TensorEntry]) -> None:
     """What was copied as it is has the checksum it had."""
     for role, t in tensors.items():
         old = store.manifest.tensors.get(role)
-        if old is not None and not role.endswith(".ffn.order") and old.xxh3 != t.xxh3:
+        if old is None or old.codec != t.codec or role.endswith(".ffn.order"):
+            continue
+        if old.xxh3 != t.xxh3:
             raise damaged(f"tensor {role}", store.path_of(store.manifest.dense))
 
 
-def _layer_weights(old: Manifest, layer: int) -> dict[str, BundlePart]:
+def layer_weights(old: Manifest, layer: int) -> dict[str, BundlePart]:
     """What is stored of every neuron of a layer, by part, wherever it lies."""
     found: dict[str, BundlePart] = {
         p.role: BundlePart(p.role, p.codec, p.elements, p.source) for p in old.layers[layer].parts
@@ -188,10 +215,21 @@ def _layer_weights(old: Manifest, layer: int) -> dict[str, BundlePart]:
 
 
 def _dense_tensors(
-    old: Manifest, weights: Sequence[dict[str, BundlePart]], orders: dict[str, Order], bundled: set[str]
+    old: Manifest,
+    weights: Sequence[dict[str, BundlePart]],
+    orders: dict[str, Order],
+    bundled: set[str],
+    changed: Mapping[str, str],
+    outliers: Mapping[str, Sequence[int]],
 ) -> list[DenseTensor]:
     """What the new dense file holds, in the order a token uses them."""
-    codecs = {r: (t.codec, t.source) for r, t in old.tensors.items() if t.file == "dense" and t.codec != "i32"}
+    counts = {role: t.shape[0] for role, t in old.tensors.items() if is_outliers(role)}
+    counts |= {role: len(columns) for role, columns in outliers.items()}
+    codecs = {
+        role: (changed.get(role, t.codec), t.source)
+        for role, t in old.tensors.items()
+        if t.file == "dense" and t.codec != "i32"
+    }
     for i, parts in enumerate(weights):
         codecs |= {ffn_role(i, role): (p.codec, p.source) for role, p in parts.items() if role != "down.weight"}
     tensors = []
@@ -199,9 +237,11 @@ def _dense_tensors(
     for role in all_roles(old.facts):
         if role in orders:
             tensors.append(DenseTensor(role, "i32", orders[role].shape, ""))
+        elif role in counts:
+            tensors.append(DenseTensor(role, "i32", (counts[role],), ""))
         elif role in codecs and role not in bundled:
             codec, source = codecs[role]
-            tensors.append(DenseTensor(role, codec, shapes[role], source))
+            tensors.append(DenseTensor(role, codec, shapes[role], source, counts.get(outliers_role(role) or "", 0)))
     return tensors
 
 
