@@ -50,9 +50,12 @@ clean:
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# What holds more serves for what holds less: the core is compiled once.
 $(VENV)/.installed-run: EXTRAS :=
 $(VENV)/.installed-test: EXTRAS := [test]
+$(VENV)/.installed-test: SERVES := run
 $(VENV)/.installed-check: EXTRAS := [test,check]
+$(VENV)/.installed-check: SERVES := run test
 # An editable installation knows each module's place and holds the compiled core: again when either changes.
 SOURCES := $(wildcard flashinfer/native/*.*pp flashinfer/native/*.cmake flashinfer/native/CMakeLists.txt)
 FOLDERS := $(shell find flashinfer -type d -not -name __pycache__)
@@ -60,7 +63,7 @@ $(VENV)/.installed-%: pyproject.toml $(SOURCES) $(FOLDERS) | $(RUN)
 	@echo "installing into $(VENV) (again when pyproject.toml, the C++ sources or the set of modules change)"
 	$(PIP) --editable '.$(EXTRAS)'
 	$(RUN) -m compileall -q flashinfer  # now, so that the first run changes no folder
-	@touch $@
+	@touch $@ $(SERVES:%=$(VENV)/.installed-%)
 
 $(RUN):
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed and none was found;" \

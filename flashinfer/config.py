@@ -33,7 +33,9 @@ IoObjective = Literal["time", "bytes"]
 Retention = Literal["frequency", "window"]
 ReaderName = Literal["auto", "io_uring", "threads"]
 BackendName = Literal["auto", "native", "torch"]
-KvType = Literal["f32", "f16"]
+KvType = Literal["f32", "f16", "int8"]
+KV_CODECS: dict[KvType, str] = {"f32": "f32", "f16": "f16", "int8": "int8g32"}
+"""In which codec each position of a head is kept."""
 
 
 @dataclass(frozen=True)

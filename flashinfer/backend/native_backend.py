@@ -17,13 +17,15 @@ import numpy.typing as npt
 from flashinfer.backend.base import Bundle, Bytes, Floats, Index, Mask, Part
 from flashinfer.backend.footprint import NATIVE
 from flashinfer.backend.native_codec import native_codec
-from flashinfer.config import TILE_NEURONS, TILE_TOKENS, KvType
+from flashinfer.config import KV_CODECS, TILE_NEURONS, TILE_TOKENS, KvType
 from flashinfer.native._kernels import Codec as NativeCodec
 from flashinfer.native._kernels import Engine
 from flashinfer.quant import Codec, codec_named
 from flashinfer.store.facts import Activation
 from flashinfer.store.geometry import round_up
 
+_WORDS: dict[KvType, type[np.generic]] = {"f32": np.float32, "f16": np.uint16, "int8": np.uint8}
+"""What the kernels see of a cache."""
 ACTIVATIONS: dict[Activation, int] = {
     "relu": 0, "relu2": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4, "gelu_quick": 5
 }  # fmt: skip
@@ -46,11 +48,12 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Kv:
-    """Keys and values `[kv heads, positions, head_dim]` in float32 or float16; `bits` are the same arrays as the
-    kernels want them (float16 as uint16)."""
+    """Keys and values `[kv heads, positions, bytes]`, each position's `dim` values in that codec. `bits` are the same
+    as the kernels want them: float32, float16 seen as uint16, or rows of bytes."""
 
-    k: npt.NDArray[np.floating]
-    v: npt.NDArray[np.floating]
+    codec: str
+    dim: int
+    raw: tuple[Bytes, Bytes]
     bits: tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]
 
 
@@ -128,20 +131,22 @@ class NativeBackend:
 
     def new_kv(self, kv_heads: int, head_dim: int, capacity: int, dtype: KvType) -> Kv:
         # whole tiles: the padding rows of a prompt's last tile may stand for positions beyond the capacity
-        shape = (kv_heads, round_up(capacity, TILE_TOKENS), head_dim)
-        k, v = (np.zeros(shape, dtype=np.float32 if dtype == "f32" else np.float16) for _ in "kv")
-        return Kv(k, v, (k, v) if dtype == "f32" else (k.view(np.uint16), v.view(np.uint16)))
+        codec = KV_CODECS[dtype]
+        shape = (kv_heads, round_up(capacity, TILE_TOKENS), codec_named(codec).row_bytes(head_dim))
+        k, v = (np.zeros(shape, dtype=np.uint8) for _ in "kv")
+        return Kv(codec, head_dim, (k, v), (k.view(_WORDS[dtype]), v.view(_WORDS[dtype])))
 
     def append_kv(self, kv: Kv, at: int, k: Floats, v: Floats, skip: int, count: int) -> None:
         for cache, new in zip(kv.bits, (k, v), strict=True):
             self._engine.append(cache, at, new, skip, count)
 
     def fetch_kv(self, kv: Kv, count: int) -> Floats:
-        heads, _, dim = kv.k.shape
-        out = np.empty((2, count, heads, dim), dtype=np.float32)
-        for to, cache in zip(out, (kv.k, kv.v), strict=True):
-            to[:] = cache[:, :count].swapaxes(0, 1)
-        return out.reshape(2, count, heads * dim)
+        heads, _, size = kv.raw[0].shape
+        out = np.empty((2, count, heads, kv.dim), dtype=np.float32)
+        for to, cache in zip(out, kv.raw, strict=True):
+            rows = cache[:, :count].reshape(heads * count, size)
+            to[:] = codec_named(kv.codec).decode(rows, kv.dim).reshape(heads, count, kv.dim).swapaxes(0, 1)
+        return out.reshape(2, count, heads * kv.dim)
 
     def attend(self, q: Floats, kv: Kv, first: int, heads: int) -> Floats:
         out = np.empty_like(q)

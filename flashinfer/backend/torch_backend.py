@@ -21,8 +21,8 @@ from torch import Tensor
 from flashinfer.backend.base import Bundle, Bytes, Floats, Index, Mask, Part
 from flashinfer.backend.footprint import TORCH
 from flashinfer.backend.torch_tiles import ACTIVATIONS, Kv, attend_tile, times
-from flashinfer.backend.torch_weights import DTYPES, Matrix, row_bytes, unpack
-from flashinfer.config import TILE_KEYS, TILE_NEURONS, TILE_ROWS, TILE_TOKENS, KvType
+from flashinfer.backend.torch_weights import Matrix, row_bytes, unpack
+from flashinfer.config import KV_CODECS, TILE_KEYS, TILE_NEURONS, TILE_ROWS, TILE_TOKENS, KvType
 from flashinfer.errors import DeviceError
 from flashinfer.quant import Codec
 from flashinfer.store.facts import Activation
@@ -148,21 +148,23 @@ class TorchBackend:
     # -- attention
 
     def new_kv(self, kv_heads: int, head_dim: int, capacity: int, dtype: KvType) -> Kv:
-        shape = (-(-capacity // TILE_KEYS), kv_heads, TILE_KEYS, head_dim)
-        k, v = (torch.zeros(shape, dtype=DTYPES[dtype], device=self._device) for _ in "kv")
-        return Kv(k, v)
+        codec = KV_CODECS[dtype]
+        shape = (-(-capacity // TILE_KEYS), kv_heads, TILE_KEYS, row_bytes(codec, head_dim))
+        k, v = (torch.zeros(shape, dtype=torch.uint8, device=self._device) for _ in "kv")
+        return Kv(k, v, codec, head_dim)
 
     def append_kv(self, kv: Kv, at: int, k: Tensor, v: Tensor, skip: int, count: int) -> None:
-        _, heads, _, dim = kv.k.shape
+        heads = kv.k.shape[1]
         at_tile = torch.arange(at, at + count, device=self._device)
         where = (at_tile // TILE_KEYS, slice(None), at_tile % TILE_KEYS)
-        kv.k[where] = k[skip : skip + count].view(count, heads, dim).to(kv.k.dtype)
-        kv.v[where] = v[skip : skip + count].view(count, heads, dim).to(kv.v.dtype)
+        for kept, new in ((kv.k, k), (kv.v, v)):
+            kept[where] = kv.encoded(new[skip : skip + count].view(count, heads, kv.dim))
 
     def fetch_kv(self, kv: Kv, count: int) -> Floats:
         tiles = -(-count // TILE_KEYS)
-        rows = [t[:tiles].permute(0, 2, 1, 3).flatten(0, 1)[:count].flatten(1) for t in (kv.k, kv.v)]
-        host: Floats = torch.stack(rows).float().cpu().numpy()
+        values = [kv.floats(t[:tiles]) for t in (kv.k, kv.v)]
+        rows = [t.permute(0, 2, 1, 3).flatten(0, 1)[:count].flatten(1) for t in values]
+        host: Floats = torch.stack(rows).cpu().numpy()
         return host
 
     def attend(self, q: Tensor, kv: Kv, first: int, heads: int) -> Tensor:

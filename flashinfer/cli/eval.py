@@ -14,8 +14,10 @@ import typer
 
 from flashinfer.cli.options import (
     DEFAULT_BACKEND,
+    DEFAULT_KV,
     DEFAULT_PPL,
     BackendOption,
+    KvOption,
     LogLevelOption,
     MaxPplOption,
     MemoryOption,
@@ -85,6 +87,7 @@ def command(
     io_objective: Annotated[Objective, typer.Option(help="time: fastest; bytes: fewest bytes read.")] = _OBJECTIVE,
     threads: Annotated[int, typer.Option(min=0, help="Compute threads; 0 is all cores.")] = RunConfig.threads,
     backend: BackendOption = DEFAULT_BACKEND,
+    kv_type: KvOption = DEFAULT_KV,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.CPU,
     max_ppl_increase: MaxPplOption = DEFAULT_PPL,
     plot: Annotated[
@@ -109,7 +112,7 @@ def command(
         raise typer.BadParameter("--plot shows bytes per token: give --decode-tokens")
     run = RunConfig(
         io=IoConfig(objective=io_objective.value), cache=CacheConfig(window=window), backend=backend.value,
-        threads=threads, max_ppl_increase=worse,
+        threads=threads, max_ppl_increase=worse, kv_type=kv_type.value,
     )  # fmt: skip
     from flashinfer.cli.eval_report import notes, points, report, table
     from flashinfer.cli.progress import token_progress

@@ -34,7 +34,7 @@ def summary(model: TextModel, result: Generation, predicted: Prediction, basis: 
         f"{format_size(decode.bytes_per_token)} read per token (predicted {format_size(predicted.flash_bytes)})",
         f"hit rate {decode.hit_rate:.1%}",
         *([model.choice.note] if model.choice.note else []),
-        *(["keys and values rounded to f16"] if model.plan.kv_type == "f16" else []),
+        *([f"keys and values rounded to {model.plan.kv_type}"] if model.plan.kv_type != "f32" else []),
         f"peak memory {format_size(peak_resident_bytes())}",
     ]
     slower = "" if has_native() else "; computed by torch: the native core, which is faster, was not built"

@@ -51,7 +51,7 @@ def load(
             and `threshold` (also as `low-rank:0.98`, a level that was calibrated) approximate; `auto` takes the fastest
             that costs at most `max_ppl_increase`; `all` leaves nothing out.
         max_ppl_increase: share of perplexity `auto` may cost, as measured when the store was calibrated.
-        kv_type: `f32`, or `f16`: half the memory for keys and values, which are rounded.
+        kv_type: `f32`; `f16`: half the memory for keys and values, which are rounded; `int8`: a quarter (`int8g32`).
         trace: shows what happens in a timeline (`flashinfer.trace`); closing it is the caller's.
 
     Raises:

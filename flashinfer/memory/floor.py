@@ -5,6 +5,7 @@ from __future__ import annotations
 from flashinfer.choice import Choice
 from flashinfer.config import (
     FILE_ALIGNMENT,
+    KV_CODECS,
     MIN_STAGING,
     TILE_NEURONS,
     TILE_ROWS,
@@ -12,12 +13,10 @@ from flashinfer.config import (
 )
 from flashinfer.io.plan import worst_case_bytes
 from flashinfer.memory.plan import Mode, Plan, Request
+from flashinfer.quant import codec_named
 from flashinfer.speed import multiplied
 from flashinfer.store import Facts, Manifest
 from flashinfer.store.geometry import round_up
-
-KV_BYTES = {"f32": 4, "f16": 2}
-"""Of one value."""
 
 
 def all_matrices(m: Manifest) -> frozenset[str]:
@@ -69,8 +68,8 @@ def least_plan(m: Manifest, r: Request, *, streams: bool) -> Plan:
 
 def _kv_cache(f: Facts, r: Request) -> int:
     """Bytes of the keys and values of one session."""
-    values = 2 * f.num_layers * f.num_kv_heads * f.head_dim * round_up(r.context, r.footprint.kv_unit)
-    return KV_BYTES[r.run.kv_type] * values
+    rows = 2 * f.num_layers * f.num_kv_heads * round_up(r.context, r.footprint.kv_unit)
+    return rows * codec_named(KV_CODECS[r.run.kv_type]).row_bytes(f.head_dim)
 
 
 def _activations(f: Facts, r: Request) -> int:

@@ -81,12 +81,12 @@ class Engine:
     ) -> None:
         """See `Backend.ffn`. A bundle has `bundle` bytes; its parts are (codec, byte offset), below 0: none."""
     def append(self, cache: npt.NDArray[Any], at: int, x: _Floats, skip: int, count: int) -> None:
-        """Positions at .. at+count of `cache` `[kv heads, positions, dim]` (float32, or float16 seen as uint16) become
-        rows skip .. skip+count of x."""
+        """Positions at .. at+count of `cache` become rows skip .. skip+count of x: `[kv heads, positions, dim]` in
+        float32, or float16 seen as uint16, or uint8 `[kv heads, positions, bytes]`: rows of `int8g32`."""
     def attend(
         self, out: _Floats, q: _Floats, k: npt.NDArray[Any], v: npt.NDArray[Any], first: int, heads: int
     ) -> None:
-        """Causal attention; k, v `[kv heads, positions, dim]` in float32, or float16 seen as uint16."""
+        """Causal attention; k, v as `append` wrote them."""
     def norm(
         self, out: _Floats, x: _Floats, weight: _Floats | None, bias: _Floats | None, center: bool, eps: float
     ) -> None:

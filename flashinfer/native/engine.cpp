@@ -1,6 +1,7 @@
 #include "engine.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace flashinfer {
@@ -39,6 +40,40 @@ void Engine::linear(float* out, long out_stride, const float* x, long tokens, co
 
 // -- attention
 
+namespace {
+
+float half_value(std::uint16_t half) {
+    const int exponent = half >> 10, mantissa = half & 1023;
+    return exponent ? std::ldexp(float(1024 + mantissa), exponent - 25) : std::ldexp(float(mantissa), -24);
+}
+
+// The least float16 with 127 * scale >= largest, as `quant/int8g32.py` has it; the largest float16 where there is none.
+std::uint16_t least_scale(const Table& table, float largest) {
+    const float wanted = largest / 127;
+    std::uint16_t half;
+    table.halve(reinterpret_cast<std::uint8_t*>(&half), &wanted, 1);
+    half = std::min<std::uint16_t>(half, 0x7bff);
+    while (half < 0x7bff && 127 * half_value(half) < largest) half++;
+    while (half > 0 && 127 * half_value(half - 1) >= largest) half--;
+    return half;
+}
+
+// A row of `int8g32`: its scales, then its integers, both in whole groups.
+void quantise(const Table& table, std::uint8_t* out, const float* x, long count) {
+    std::int8_t* integers = reinterpret_cast<std::int8_t*>(out + integers_at(Type::int8, count));
+    for (long from = 0; from < count; from += GROUP, out += 2) {
+        const long some = std::min(GROUP, count - from);
+        float largest = 0;
+        for (long i = 0; i < some; i++) largest = std::max(largest, std::fabs(x[from + i]));
+        const std::uint16_t half = least_scale(table, largest);
+        const double scale = half ? half_value(half) : 1;
+        std::memcpy(out, &half, 2);
+        for (long i = 0; i < GROUP; i++) integers[from + i] = i < some ? std::int8_t(std::nearbyint(x[from + i] / scale)) : 0;
+    }
+}
+
+}  // namespace
+
 void Engine::append(std::uint8_t* cache, Type type, const float* x, long tokens, long heads, long capacity, long dim,
                     long at) {
     auto lock = pool_.exclusive();
@@ -46,7 +81,9 @@ void Engine::append(std::uint8_t* cache, Type type, const float* x, long tokens,
     for (long t = 0; t < tokens; t++)
         for (long head = 0; head < heads; head++, x += dim) {
             std::uint8_t* to = cache + (head * capacity + at + t) * row;
-            type == Type::f16 ? table_.halve(to, x, dim) : void(std::memcpy(to, x, row));
+            if (type == Type::int8) quantise(table_, to, x, dim);
+            else if (type == Type::f16) table_.halve(to, x, dim);
+            else std::memcpy(to, x, row);
         }
 }
 
@@ -73,7 +110,7 @@ void Engine::attend_some(float* out, const float* q, long tokens, const KeyValue
     auto rows_at = [&](const std::uint8_t* from, long i, long end) {  // up to MOST_ROWS positions from i on
         const long some = std::min(MOST_ROWS, end - i), ahead = std::min(AHEAD, end - i - some);
         for (long r = 0; r < some + ahead; r++) at[r] = from + (i + r) * row;
-        return Rows{at, int(some), int(ahead)};
+        return Rows{at, int(some), int(ahead), integers_at(kv.type, dim)};
     };
     for (long t = 0; t < tokens; t++)
         table_.scale(scaled + t * group * dim, q + (t * heads + head * group) * dim, group * dim,

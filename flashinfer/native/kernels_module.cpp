@@ -126,14 +126,23 @@ void ffn(Engine& self, Floats acc, ConstFloats x, Array<const float, 3> fired, B
 }
 
 Type cache_type(nb::dlpack::dtype type) {
-    require(type == nb::dtype<std::uint16_t>() || type == nb::dtype<float>(), "a cache is float32, or float16 seen as uint16");
+    if (type == nb::dtype<std::uint8_t>()) return Type::int8;
+    require(type == nb::dtype<std::uint16_t>() || type == nb::dtype<float>(),
+            "a cache is float32, float16 seen as uint16, or rows of int8g32 as uint8");
     return type == nb::dtype<float>() ? Type::f32 : Type::f16;
+}
+
+// Values of a head, of `width` values in `heads` heads, whose rows have the cache's last dimension.
+long head_dim(Type type, long width, long heads, long last) {
+    require(heads > 0 && width % heads == 0, "x does not fit the heads");
+    const long dim = width / heads;
+    require(last == (type == Type::int8 ? row_bytes(type, dim) : dim), "x does not fit the cache");
+    return dim;
 }
 
 void append(Engine& self, OpenCache cache, long at, ConstFloats x, long skip, long count) {
     const Type type = cache_type(cache.dtype());
-    const long heads = cache.shape(0), capacity = cache.shape(1), dim = cache.shape(2);
-    require(long(x.shape(1)) == heads * dim, "x does not fit the cache");
+    const long heads = cache.shape(0), capacity = cache.shape(1), dim = head_dim(type, x.shape(1), heads, cache.shape(2));
     require(skip >= 0 && count >= 0 && skip + count <= long(x.shape(0)), "x has no such rows");
     require(at >= 0 && at + count <= capacity, "positions beyond the cache");
     nb::gil_scoped_release free;
@@ -144,7 +153,8 @@ void append(Engine& self, OpenCache cache, long at, ConstFloats x, long skip, lo
 void attend(Engine& self, Floats out, ConstFloats q, Cache k, Cache v, long first, long heads) {
     for (int i = 0; i < 3; i++) require(k.dtype() == v.dtype() && k.shape(i) == v.shape(i), "keys and values differ");
     const KeyValues kv{static_cast<const std::uint8_t*>(k.data()), static_cast<const std::uint8_t*>(v.data()),
-                       cache_type(k.dtype()), long(k.shape(0)), long(k.shape(1)), long(k.shape(2))};
+                       cache_type(k.dtype()), long(k.shape(0)), long(k.shape(1)),
+                       head_dim(cache_type(k.dtype()), q.shape(1), heads, k.shape(2))};
     const long tokens = q.shape(0);
     require(out.shape(0) == q.shape(0) && out.shape(1) == q.shape(1) && long(q.shape(1)) == heads * kv.dim,
             "q or out is not [tokens, heads * dim]");

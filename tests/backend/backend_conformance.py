@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from flashinfer.backend import Backend, Bundle, Part
-from flashinfer.config import TILE_NEURONS
-from flashinfer.quant import Codec
+from flashinfer.config import KV_CODECS, TILE_NEURONS, KvType
+from flashinfer.quant import Codec, codec_named
 from tests.backend.reference import activated, attended, encoded, normed, unaligned
 
 TOKENS = [1, 16, 48]
@@ -119,6 +119,12 @@ def places_in_tiles(needed: Any, neurons: int) -> Any:
 def same(a: Any, b: Any) -> bool:
     """Bit for bit."""
     return bool(np.array_equal(np.ascontiguousarray(a).view(np.int32), np.ascontiguousarray(b).view(np.int32)))
+
+
+def rounded(values: Any, kv_type: KvType, dim: int) -> Any:
+    """Keys or values `[tokens, heads * dim]` as a cache of that type keeps them."""
+    codec = codec_named(KV_CODECS[kv_type])
+    return codec.decode(codec.encode(values.reshape(-1, dim)), dim).reshape(values.shape)
 
 
 class BackendConformance:
@@ -232,7 +238,7 @@ class BackendConformance:
 
     # -- attention
 
-    @pytest.mark.parametrize("dtype", ["f32", "f16"])
+    @pytest.mark.parametrize("dtype", ["f32", "f16", "int8"])
     @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 16), (6, 2, 20), (9, 1, 40)])
     def test_attention(self, backend: Backend, dtype: Any, heads: int, kv_heads: int, dim: int) -> None:
         tokens, width = 160, kv_heads * dim
@@ -240,8 +246,7 @@ class BackendConformance:
         kv = backend.new_kv(kv_heads, dim, tokens, dtype)
         backend.append_kv(kv, 0, backend.place(k), backend.place(v), 0, 150)
         backend.append_kv(kv, 150, backend.place(k), backend.place(v), 150, 10)
-        if dtype == "f16":
-            k, v = (a.astype(np.float16).astype(np.float32) for a in (k, v))
+        k, v = (rounded(a, dtype, dim) for a in (k, v))
         assert np.array_equal(backend.fetch_kv(kv, tokens), np.stack([k, v]))
         expected = attended(q, k, v, 0, heads)
         assert near(backend.fetch(backend.attend(backend.place(q), kv, 0, heads)), expected)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import flashinfer
 from flashinfer.backend import has_native, open_backend
-from flashinfer.config import BackendName, Cap, KvType, RunConfig
+from flashinfer.config import KV_CODECS, BackendName, Cap, KvType, RunConfig
 from flashinfer.engine import Model
 from flashinfer.errors import DeviceError
 from flashinfer.generate import load
+from flashinfer.quant import codec_named
 
 TOKENS = [int(t) for t in np.random.default_rng(8).integers(3, 96, 150)]
 CONTEXT = 192
@@ -33,7 +35,7 @@ def logits(store: Path, backend: BackendName, kv_type: KvType = "f32", *, steps:
 
 
 @needs_native
-@pytest.mark.parametrize("kv_type", ["f32", "f16"])
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "int8"])
 @pytest.mark.parametrize("variant", FAMILIES)
 def test_decode_is_prefill_bit_for_bit(packed, variant: str, kv_type: KvType) -> None:
     """The native backend's sums do not depend on how many tokens are computed together."""
@@ -44,32 +46,44 @@ def test_decode_is_prefill_bit_for_bit(packed, variant: str, kv_type: KvType) ->
 
 
 @needs_native
-@pytest.mark.parametrize("kv_type", ["f32", "f16"])
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "int8"])
 @pytest.mark.parametrize("variant", FAMILIES)
 def test_the_backends_agree(packed, variant: str, kv_type: KvType) -> None:
     store = packed(variant).store
     for steps in ([150], [20, *[1] * 130]):
         native, torch = (logits(store, backend, kv_type, steps=steps) for backend in ("native", "torch"))
-        assert np.abs(native - torch).max() <= (1e-4 if kv_type == "f32" else 2e-3)  # a value may round to either side
+        assert (
+            np.abs(native - torch).max() <= {"f32": 1e-4, "f16": 2e-3, "int8": 2e-2}[kv_type]
+        )  # a value may round to either side
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rounded_keys_and_values_are_near_the_exact_ones(packed, backend: BackendName) -> None:
-    exact, rounded = (logits(packed("llama").store, backend, kv_type, steps=[150]) for kv_type in ("f32", "f16"))
-    assert 0 < np.abs(exact - rounded).max() <= 0.01
+    exact, *rounded = (logits(packed("llama").store, backend, kv, steps=[150]) for kv in ("f32", "f16", "int8"))
+    half, integers = (np.abs(exact - other).max() for other in rounded)
+    assert 0 < half <= 0.01
+    assert half < integers <= 0.1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("cap", [Cap(), Cap(weight_memory=1_000_000)])
-def test_rounded_keys_and_values_take_half_the_memory(packed, backend: BackendName, cap: Cap) -> None:
+def test_rounded_keys_and_values_take_less_memory(packed, backend: BackendName, cap: Cap) -> None:
     sizes = []
-    for kv_type in ("f32", "f16"):
+    kinds: tuple[KvType, ...] = ("f32", "f16", "int8")
+    for kv_type in kinds:
         run = RunConfig(backend=backend, kv_type=kv_type)
         with Model.open(packed("llama").store, cap, context=CONTEXT, run=run) as model:
             caches = model.session().cache_of(model)
-            sizes.append((model.plan.kv_cache, sum(t.nbytes for kv in caches for t in (kv.k, kv.v))))
+            sizes.append((model.plan.kv_cache, sum(t.nbytes for kv in caches for t in kept(kv))))
             assert sizes[-1][1] <= model.plan.kv_cache
-    assert sizes[0] == (2 * sizes[1][0], 2 * sizes[1][1])
+            rows = codec_named(KV_CODECS[kv_type]).row_bytes(model.facts.head_dim)
+            sizes[-1] = tuple(size / rows for size in sizes[-1])
+    assert sizes[0] == sizes[1] == sizes[2]
+
+
+def kept(kv: Any) -> tuple[Any, Any]:
+    """The buffers of keys and values."""
+    return kv.raw if hasattr(kv, "raw") else (kv.k, kv.v)
 
 
 # -- text
@@ -86,9 +100,12 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_session_with_rounded_keys_and_values_goes_on_the_same(demo: Path, tmp_path: Path, backend: str) -> None:
+@pytest.mark.parametrize("kv_type", ["f16", "int8"])
+def test_a_session_with_rounded_keys_and_values_goes_on_the_same(
+    demo: Path, tmp_path: Path, backend: str, kv_type: str
+) -> None:
     file = tmp_path / "chat.session"
-    how = {"context": 256, "backend": backend, "kv_type": "f16"}
+    how = {"context": 256, "backend": backend, "kv_type": kv_type}
     with load(demo, **how) as model:
         whole = model.generate(PROMPT, max_new_tokens=40, temperature=0)
         assert len(whole.tokens) == 40
@@ -100,8 +117,9 @@ def test_a_session_with_rounded_keys_and_values_goes_on_the_same(demo: Path, tmp
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_saved_keys_and_values_are_restored_bit_for_bit(packed, backend: BackendName) -> None:
-    run = RunConfig(backend=backend, kv_type="f16")
+@pytest.mark.parametrize("kv_type", ["f16", "int8"])
+def test_saved_keys_and_values_are_restored_bit_for_bit(packed, backend: BackendName, kv_type: KvType) -> None:
+    run = RunConfig(backend=backend, kv_type=kv_type)
     with Model.open(packed("llama").store, context=CONTEXT, run=run) as model:
         session = model.session()
         model.step(session, TOKENS[:70])

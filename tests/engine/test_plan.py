@@ -54,7 +54,7 @@ def check(plan: Plan, manifest) -> None:
     ring=st.sampled_from([0, 100_000, 32 << 20]),
     staging=st.sampled_from([0, 100_000, 4 << 20]),
     footprint=st.sampled_from([NATIVE, TORCH]),
-    kv_type=st.sampled_from(["f32", "f16"]),
+    kv_type=st.sampled_from(["f32", "f16", "int8"]),
 )
 def test_sums_to_at_most_the_cap(
     packed, variant, kind, above, alignment, threads, objective, mode, ring, staging, footprint, kv_type

@@ -186,7 +186,7 @@ RATES = [Rates(), Rates(linear=1.5e9, bundle=1e9), Rates(linear=80e9, bundle=60e
     more=st.one_of(st.integers(0, 20_000), st.floats(0.0, 0.3)),
     ring=st.sampled_from([0, 1 << 20, RunConfig().ring, 512 << 20]),
     footprint=st.sampled_from([NATIVE, TORCH]),
-    kv_type=st.sampled_from(["f32", "f16"]),
+    kv_type=st.sampled_from(["f32", "f16", "int8"]),
 )
 def test_more_memory_is_never_predicted_slower(
     name: str, kind: str, curve: DiskCurve, rates: Rates, mode: Mode, alignment: int, share: float, more: int | float,

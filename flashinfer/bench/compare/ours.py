@@ -17,7 +17,7 @@ from flashinfer.backend import open_backend
 from flashinfer.bench.compare.apart import ApartReader, cuts_of
 from flashinfer.bench.compare.contenders import LADDER, OTHERS, Rung
 from flashinfer.bench.compare.peers import report
-from flashinfer.config import Cap, DiskCurve, IoConfig, Rates, RunConfig
+from flashinfer.config import Cap, DiskCurve, IoConfig, KvType, Rates, RunConfig
 from flashinfer.engine import Model
 from flashinfer.errors import CapTooSmallError
 from flashinfer.io import Reader, ReadStats, open_reader
@@ -27,12 +27,12 @@ from flashinfer.request import files_of, settle, threads_for
 from flashinfer.store import Store, open_store
 
 
-def run_of(rung: Rung, predictor: str, kv_type: str) -> RunConfig:
+def run_of(rung: Rung, predictor: str, kv_type: KvType) -> RunConfig:
     """The rung as the runtime is told of it. What is read part by part has no holes read through."""
     io = IoConfig(reader=rung.reader, objective="bytes" if rung.apart else IoConfig.objective)
     return replace(
         RunConfig(), io=io, backend=rung.backend, predictor=predictor, lookahead=rung.lookahead,
-        kv_type="f16" if kv_type == "f16" else "f32",
+        kv_type=kv_type,
     )  # fmt: skip
 
 
