@@ -91,11 +91,10 @@ def comparison_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
     for name in ("mode", "for"):
         table.add_column(name, no_wrap=True)
-    for name in ("DRAM", "read", "hits", "I/O", "mgmt", "of all", "CPU", "tokens/s"):
+    for name in ("DRAM", "read", "hits", "I/O", "mgmt", "CPU", "tokens/s"):
         table.add_column(name, justify="right", no_wrap=True)
     for r in rows:
-        times = [f"{r[name]:.1f}" for name in ("io_wait_ms", "management_ms", "compute_ms", "tokens_per_second")]
-        times.insert(2, f"{100 * r['management_share']:.0f} %")
+        times = (f"{r[name]:.1f}" for name in ("io_wait_ms", "management_ms", "compute_ms", "tokens_per_second"))
         sizes = (format_size(r[name]) for name in ("weights_in_memory", "bytes_read"))
         table.add_row(_mode(r), r["objective"], *sizes, f"{100 * r['hit_rate']:.0f} %", *times)
     return table
@@ -106,17 +105,18 @@ def promise_table(rows: Sequence[dict[str, Any]]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    title = "reached, beside what was predicted; bound: what a token's bytes alone take, ms"
+    title = "reached, beside what was predicted; bound: what its bytes alone, ms; mgmt: of the token"
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
     for name in ("mode", "for"):
         table.add_column(name, no_wrap=True)
-    for name in ("first s", "said", "ms", "said", "bytes", "bound", "x bound"):
+    for name in ("first s", "said", "ms", "said", "bytes", "bound", "x bound", "mgmt"):
         table.add_column(name, justify="right", no_wrap=True)
     for r in rows:
         table.add_row(
             _mode(r), r["objective"], f"{r['first_token_s']:.2f}", f"{r['predicted_first_token_s']:.2f}",
             f"{r['token_ms']:.3g}", f"{r['predicted_ms']:.3g}", _share(r["bytes_read"], r["predicted_bytes"]),
             f"{r['bound_ms']:.3g}", f"{r['token_ms'] / r['bound_ms']:.2f}",
+            f"{100 * r['management_share']:.0f} %",
         )  # fmt: skip
     return table
 
