@@ -44,7 +44,7 @@ asan: $(VENV)/.installed-check
 	cp -R flashinfer layouts tests pyproject.toml $(ASAN)/tree/
 	cp $(ASAN)/native/_*.so $(ASAN)/tree/flashinfer/native/
 	cd $(ASAN)/tree && LD_PRELOAD="$(foreach l,asan stdc++,$(shell $(CXX) -print-file-name=lib$l.so))" ASAN_OPTIONS=detect_leaks=0 \
-		$(abspath $(RUN)) -c '$(ASAN_TESTS)' $(wildcard tests/io tests/backend)
+		$(abspath $(RUN)) -c '$(ASAN_TESTS)' tests/io tests/backend tests/cache
 
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
