@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .halves import sources
+
 READ = 1 << 20
 IN_FLIGHT = 8
 BUFFER = 24 << 20
@@ -45,27 +47,14 @@ class Checkpoint:
         self.config: dict[str, Any] = json.loads((root / "config.json").read_text())
         self.matrices: dict[str, Matrix] = {}
         self.vectors: dict[str, Tensor] = {}
-        for path in sorted(root.glob("*.safetensors")):
-            self._open(path)
-
-    def _open(self, path: Path) -> None:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-            for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
-                if entry["dtype"] != "F16":
-                    raise SystemExit(f"{name} is {entry['dtype']}; the plain loop takes f16 checkpoints")
-                start, end = (8 + length + at for at in entry["data_offsets"])
-                if len(entry["shape"]) == 2:
-                    self.matrices[name] = Matrix(fd, start, *entry["shape"])
-                else:
-                    file.seek(start)
-                    self.vectors[name] = torch.frombuffer(
-                        bytearray(file.read(end - start)), dtype=torch.float16
-                    ).float()
+        opened: dict[Path, int] = {}
+        for name, source in sources(root).items():
+            if source.file not in opened:
+                opened[source.file] = os.open(source.file, os.O_RDONLY | os.O_DIRECT)
+            if len(source.shape) == 2:
+                self.matrices[name] = Matrix(opened[source.file], source.offset, *source.shape)
+            else:
+                self.vectors[name] = torch.from_numpy(source.read()).float()
 
 
 class Stream:

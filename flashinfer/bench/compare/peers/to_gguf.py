@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,43 +17,14 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from .halves import sources
+
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER = {
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where an f16 tensor lies."""
-
-    file: Path
-    offset: int
-    shape: tuple[int, ...]
-
-    def read(self) -> npt.NDArray[np.float16]:
-        """All of it."""
-        with self.file.open("rb") as file:
-            file.seek(self.offset)
-            return np.fromfile(file, dtype="<f2", count=int(np.prod(self.shape))).reshape(self.shape)
-
-
-def sources(root: Path) -> dict[str, Source]:
-    """Every tensor of the checkpoint by name."""
-    found = {}
-    for path in sorted(root.glob("*.safetensors")):
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            if entry["dtype"] != "F16":
-                raise SystemExit(f"{name} is {entry['dtype']}; only f16 checkpoints are converted")
-            found[name] = Source(path, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]))
-    return found
 
 
 def permuted(w: npt.NDArray[np.float16], heads: int) -> npt.NDArray[np.float16]:
