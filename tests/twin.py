@@ -1,6 +1,7 @@
 """The twin: the same decoder on weights read straight from a checkpoint. No store, planner, slots, window or layout.
 
-Its map from roles to names is written by hand, so that a wrong layout shows.
+Its map from roles to names is written by hand, so that a wrong layout shows. So is its rule of what a quantised store
+has in which codec, and it encodes the checkpoint itself.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from flashinfer.model.decoder import Decoder
 from flashinfer.model.rows import decode_row, prefill_rows
 from flashinfer.model.weights import Group, no_guess
 from flashinfer.predict import Selection
+from flashinfer.quant import codec_named
 from flashinfer.store import Facts, Store
 
 Index = npt.NDArray[np.int64]
@@ -71,8 +73,11 @@ class TwinWeights:
 
     looks_ahead = False
 
-    def __init__(self, path: Path, facts: Facts, backend: Backend, predictors: Store | None = None) -> None:
-        self.backend = backend
+    def __init__(
+        self, path: Path, facts: Facts, backend: Backend, predictors: Store | None = None, quant: str | None = None
+    ) -> None:
+        """quant: the codec of all matrices but embedding and head, which are int8 then."""
+        self.backend, self._quant = backend, quant
         self._tensors = role_tensors(path)
         self._facts, self._bundled = facts, predictors is not None
         if predictors is not None:
@@ -91,12 +96,20 @@ class TwinWeights:
         return int(self._tensors[role].shape[0])
 
     def blocks(self, role: str) -> Iterator[tuple[int, Buffer]]:
-        found = self._tensors[role].contiguous()
-        raw = found.view(torch.uint8).numpy().reshape(-1)
-        yield 0, self.backend.matrix(raw, CODECS[found.dtype], *found.shape, keep=False)
+        raw, codec = self._coded(role, self._tensors[role])
+        yield 0, self.backend.matrix(raw.reshape(-1), codec, *self._tensors[role].shape, keep=False)
 
     def lookup(self, role: str, ids: Index) -> Floats:
-        return self._tensors[role][torch.from_numpy(ids)].float().numpy()
+        raw, codec = self._coded(role, self._tensors[role][torch.from_numpy(ids)])
+        return codec_named(codec).decode(raw, self._tensors[role].shape[1])
+
+    def _coded(self, role: str, values: torch.Tensor) -> tuple[npt.NDArray[np.uint8], str]:
+        """Rows `[n, bytes]` of a matrix of that role, and their codec."""
+        own = values.contiguous().view(torch.uint8).numpy()
+        if self._quant is None or "lowrank" in role or "sketch" in role or role.endswith("bias"):
+            return own, CODECS[values.dtype]
+        codec = self._quant if role.startswith("layers.") else "int8"
+        return codec_named(codec).encode(values.float().numpy()), codec
 
     def _make_bundles(self, layer: int) -> tuple[Bundle, npt.NDArray[np.uint8]]:
         """All bundles of a layer in the checkpoint's order, a bundle of zeros behind them."""
@@ -115,9 +128,10 @@ class TwinWeights:
             columns.append(("decision_bias", self._tensors[f"{decision}.bias"].float()[:, None]))
         raw = []
         for part, values in columns:
-            parts[part] = Part(at, values.shape[1], CODECS[values.dtype])
-            raw.append(values.contiguous().view(torch.uint8).numpy())
-            at += raw[-1].shape[1]
+            rows, codec = self._coded(f"{name}.{part}", values)
+            parts[part] = Part(at, values.shape[1], codec)
+            raw.append(rows)
+            at += rows.shape[1]
         memory = np.concatenate([np.concatenate(raw, axis=1).reshape(-1), np.zeros(at, dtype=np.uint8)])
         others = (parts.get(name) for name in ("up", "up_bias", "decision", "decision_bias"))
         return Bundle(at, parts["down"], *others), memory
@@ -139,11 +153,11 @@ class Twin:
     def __init__(
         self, path: Path, facts: Facts, *, threads: int = 1, context: int = 256,
         kv_type: KvType = "f32", backend: BackendName = "auto", choice: Choice | None = None,
-        store: Store | None = None,
+        store: Store | None = None, quant: str | None = None,
     ) -> None:  # fmt: skip
-        """choice, store: a predictor, and the store its tensors are taken from."""
+        """choice, store: a predictor, and the store its tensors are taken from. quant: see `TwinWeights`."""
         assert TILE_NEURONS > 0
-        self.weights = TwinWeights(path, facts, open_backend("cpu", threads, backend), store)
+        self.weights = TwinWeights(path, facts, open_backend("cpu", threads, backend), store, quant)
         self.decoder = Decoder(facts, self.weights, context, window=5, choice=choice)
         self.kv = self.decoder.new_kv(context, kv_type)
         self.length = 0
