@@ -83,9 +83,8 @@ FLASHINFER_INLINE void add_blocks(const Codes<R>& w, const std::uint8_t* x, long
     constexpr bool NIBBLES = F == Form::nibbles;
     constexpr long COLUMNS = BlockOf<F, FIXED>::COLUMNS;
     const Place& p = w.place;
-    alignas(64) std::int32_t lanes[LANES];  // which scale of those from the block's first column on
-    for (int j = 0; j < LANES; j++) lanes[j] = std::int32_t(p.group((NIBBLES ? j / 4 : j / 8) * CHUNK));
-    const Picks picks = load_picks(lanes);
+    alignas(64) std::int32_t lanes[LANES];
+    const Picks picks = load_picks(groups_of_lanes<NIBBLES ? 8 : 4>(p, 0, lanes));
     const Tables tables{every_sixteen(p.codec.nibbles.data()), load_sixteen(p.codec.table.data())};
     const long whole = least(to, p.stored / COLUMNS * COLUMNS), first = p.group(from);
     long k = from;

@@ -7,6 +7,7 @@ constexpr long SPAN = 1024;  // columns whose factors are kept together
 constexpr long SPAN_GROUPS = SPAN / CHUNK + 2 * LANES;
 constexpr int SUM_ROWS = 8;  // rows added to one load of the accumulator when there is one token
 constexpr int SUM_LANES = 4; // times sixteen columns, whose chains of sums overlap
+constexpr long BLOCK = 128;  // columns of 64 bytes of nibbles
 
 // Of the groups of columns [from, to) of R rows: h times the scale, h times the zero-point.
 template <int R> struct Factors {
@@ -40,8 +41,48 @@ FLASHINFER_INLINE void add_lanes(const Values<F>& values, const Raw (&codes)[R],
     for (int l = 0; l < L; l++) n < LANES ? store_part(acc, sum[l], n) : store(acc + l * LANES, sum[l]);
 }
 
+// Blocks of nibbles are added in the order in which they are taken out of their bytes: lane j of the sixteen number i
+// belongs to nibble i of bytes 4 j .. 4 j + 3. For that, columns wait in an order of their own while all rows pass.
+FLASHINFER_INLINE long column_of(int i, int j) { return j / 4 * CHUNK + i % 2 * 16 + j % 4 * 4 + i / 2; }
+void into_nibbles(const float* acc, long columns, float* out) {
+    for (long k = 0; k < columns; k += BLOCK)
+        for (int i = 0; i < 8; i++)
+            for (int j = 0; j < LANES; j++) out[k + i * LANES + j] = acc[k + column_of(i, j)];
+}
+void out_of_nibbles(const float* from, long columns, float* acc) {
+    for (long k = 0; k < columns; k += BLOCK)
+        for (int i = 0; i < 8; i++)
+            for (int j = 0; j < LANES; j++) acc[k + column_of(i, j)] = from[k + i * LANES + j];
+}
+
+// Nibbles I to N - 1 of a row's block, added to the sums that begin with nibble FIRST.
+template <bool ZERO, int FIRST, int I, int N>
+FLASHINFER_INLINE void add_nibbles(Sixteen table, Bytes raw, Lanes scale, Lanes zero, Lanes* sum) {
+    sum[I - FIRST] = fma(scale, nibbles_of<I>(table, raw), sum[I - FIRST]);
+    if (ZERO) sum[I - FIRST] = add(sum[I - FIRST], zero);
+    if constexpr (I + 1 < N) add_nibbles<ZERO, FIRST, I + 1, N>(table, raw, scale, zero, sum);
+}
+
+// R rows are added to a block, as many nibbles of it at a time as there are registers for.
+template <bool ZERO, int R, int FIRST = 0>
+FLASHINFER_INLINE void add_block(Sixteen table, const Raw (&codes)[R], const Factors<R>& f, long group, Picks picks,
+                                 long k, float* acc) {
+    constexpr int N = SUM_NIBBLES;
+    Lanes sum[N];
+    for (int i = 0; i < N; i++) sum[i] = load(acc + (FIRST + i) * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+        const Lanes scale = pick(f.scale[r] + group, picks), zero = ZERO ? pick(f.zero[r] + group, picks) : scale;
+        add_nibbles<ZERO, FIRST, FIRST, FIRST + N>(table, load_bytes(codes[r] + k / 2), scale, zero, sum);
+    }
+    for (int i = 0; i < N; i++) store(acc + (FIRST + i) * LANES, sum[i]);
+    if constexpr (FIRST + N < 8) add_block<ZERO, R, FIRST + N>(table, codes, f, group, picks, k, acc);
+}
+
+// One token: R rows are added to columns [from, to), whose sums are at `acc`, those of whole blocks at `blocks`.
 template <Form F, bool ZERO, int R, bool AHEAD>
-FLASHINFER_INLINE void add_rows(const Place& p, const Raw* rows, const float* h, long from, long to, float* acc) {
+FLASHINFER_INLINE void add_rows(const Place& p, const Raw* rows, const float* h, long from, long to, float* acc,
+                                float* blocks, Picks picks) {
     constexpr int L = SUM_LANES;
     const Values<F> values(p.codec);
     const long first = p.group(from);
@@ -53,6 +94,13 @@ FLASHINFER_INLINE void add_rows(const Place& p, const Raw* rows, const float* h,
         factors.load_row(p, r, rows[r], h[r], from, to);
     }
     long k = from;
+    if constexpr (F == Form::nibbles) {
+        for (; k + BLOCK <= to; k += BLOCK, blocks += BLOCK) {
+            if constexpr (AHEAD) prefetch<true, R>(next, k);
+            add_block<ZERO, R>(values.sixteen, codes, factors, p.group(k) - first, picks, k, blocks);
+        }
+        acc += k - from;
+    }
     for (; k + L * LANES <= to; k += L * LANES, acc += L * LANES) {
         if constexpr (AHEAD) prefetch<F == Form::nibbles, R>(next, k);
         add_lanes<F, ZERO, 0, R, L>(values, codes, factors, p, first, k, LANES, acc);
@@ -69,12 +117,19 @@ FLASHINFER_INLINE void add_rows(const Place& p, const Raw* rows, const float* h,
 template <Form F, bool ZERO>
 void decode_sums(const Place& p, Rows rows, const float* h, long from, long to, float* acc) {
     constexpr int R = SUM_ROWS;
+    alignas(64) float blocks[SPAN];
+    const long whole = F == Form::nibbles ? (to - from) / BLOCK * BLOCK : 0;
+    into_nibbles(acc, whole, blocks);
+    alignas(64) std::int32_t lanes[LANES];
+    const Picks picks = load_picks(groups_of_lanes<8>(p, from, lanes));
     int r = 0;
     for (; r + R <= rows.count; r += R) {
-        if (r + 2 * R <= rows.count + rows.ahead) add_rows<F, ZERO, R, true>(p, rows.at + r, h + r, from, to, acc);
-        else add_rows<F, ZERO, R, false>(p, rows.at + r, h + r, from, to, acc);
+        if (r + 2 * R <= rows.count + rows.ahead)
+            add_rows<F, ZERO, R, true>(p, rows.at + r, h + r, from, to, acc, blocks, picks);
+        else add_rows<F, ZERO, R, false>(p, rows.at + r, h + r, from, to, acc, blocks, picks);
     }
-    for (; r < rows.count; r++) add_rows<F, ZERO, 1, false>(p, rows.at + r, h + r, from, to, acc);
+    for (; r < rows.count; r++) add_rows<F, ZERO, 1, false>(p, rows.at + r, h + r, from, to, acc, blocks, picks);
+    out_of_nibbles(blocks, whole, acc);
 }
 
 // T tokens, sixteen columns from k on, all rows: sums stay in registers. factors: [T, rows], then those of zero-points.

@@ -47,6 +47,13 @@ FLASHINFER_INLINE long load_scales(const Place& p, Raw row, long from, long to, 
     return count;
 }
 
+// Which scale each lane of a block has, of those from the block's first column k on; a lane has N columns of its own
+// of every 32.
+template <int N> FLASHINFER_INLINE const std::int32_t* groups_of_lanes(const Place& p, long k, std::int32_t* lanes) {
+    for (int j = 0; j < LANES; j++) lanes[j] = std::int32_t(p.group(k + j / (CHUNK / N) * CHUNK) - p.group(k));
+    return lanes;
+}
+
 // The values of sixteen columns from k on, before their scale; HALF is 1 where k is no multiple of 32.
 template <Form F> struct Values {
     Sixteen sixteen;

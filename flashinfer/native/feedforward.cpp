@@ -110,10 +110,11 @@ void Engine::ffn_one(float* acc, const Tokens& x, const Neurons& n) {
             gate(table_, h + a, products + a, bundles + a, b - a, n.up_bias);
         });
     const long share = column_share(width, pool_.threads());
+    const long together = n.down.codec->type == Type::codes ? count : MOST_ROWS;
     spread(ceil_div(width, share), count * width, [&](int task, int) {
         const long from = task * share, cols = std::min(share, width - from);
-        for (long i = 0; i < count; i += MOST_ROWS) {
-            const long some = std::min(MOST_ROWS, count - i), ahead = std::min(AHEAD, count - i - some);
+        for (long i = 0; i < count; i += together) {
+            const long some = std::min(together, count - i), ahead = std::min(AHEAD, count - i - some);
             sums(*n.down.codec, {downs + i, int(some), int(ahead)}, h + i, 0, 1, width, from, cols, acc + from, width);
         }
     });

@@ -27,7 +27,8 @@ struct CodeTable {
     void (*dots)(const Codec&, Rows, const std::uint8_t* x, long x_stride, int tokens, long width, float* out,
                  long out_stride);
 
-    // Columns [from, from + cols), `from` a multiple of GROUP, of up to MOST_ROWS rows.
+    // Columns [from, from + cols), `from` a multiple of GROUP, of any number of rows with one
+    // token, else of up to MOST_ROWS.
     void (*sums)(const Codec&, Rows, const float* h, long h_stride, int tokens, long width, long from, long cols,
                  float* acc, long acc_stride);
 };
