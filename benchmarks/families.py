@@ -22,7 +22,7 @@ from flashinfer.config import Cap
 from flashinfer.engine import Model
 from flashinfer.errors import CapTooSmallError
 from flashinfer.store import Facts
-from tests.families import CASES, make
+from tests.families import CASES, make, reference
 
 PROMPT = [int(t) for t in np.random.default_rng(7).integers(3, 89, 40)]
 INTRO = """# Families
@@ -40,14 +40,12 @@ attention and head, and of a sparse model the one that decides who fires.
 | --- | --- | --- | --- | --- | --- | --- |"""
 
 
-def difference(checkpoint: Path, store: Path) -> tuple[float, float, Facts, str]:
+def difference(case: str, checkpoint: Path, store: Path) -> tuple[float, float, Facts, str]:
     """Largest difference of logits at the floor, the standard deviation of transformers', the facts, the backend."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     with torch.no_grad():
-        reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-        expected = reference(torch.tensor([PROMPT])).logits[0].numpy()
+        expected = reference(case, checkpoint)(torch.tensor([PROMPT])).logits[0].numpy()
     try:
         Model.open(store, Cap(weight_memory=1))
         raise AssertionError("one byte is below every floor")
@@ -65,7 +63,7 @@ def difference(checkpoint: Path, store: Path) -> tuple[float, float, Facts, str]
 def line(case: str, folder: Path) -> tuple[str, str]:
     """A line of the table, and the backend it was measured on."""
     pack(make(case, folder / "checkpoint"), folder / "store")
-    largest, scale, f, backend = difference(folder / "checkpoint", folder / "store")
+    largest, scale, f, backend = difference(case, folder / "checkpoint", folder / "store")
     kind = f"{f.activation}, gated" if f.gated else f.activation
     streams = "those that fire" if f.sparse else "all"
     cells = (case, f"`{f.family}`", kind, "sparse" if f.sparse else "dense", streams, f"{largest:.1e}", f"{scale:.2f}")

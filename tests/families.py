@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,16 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }  # fmt: skip
 """Heads of 10 values: half of them, and four fifths, can be turned."""
+GPT_SIZES: dict[str, Any] = {
+    "vocab_size": 89, "hidden_size": 40, "n_layer": 3, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+FALCON: dict[str, Any] = {k: v for k, v in SIZES.items() if k not in ("intermediate_size", "num_key_value_heads")} | {
+    "ffn_hidden_size": 107,
+}  # fmt: skip
+MPT: dict[str, Any] = {
+    "vocab_size": 89, "d_model": 40, "n_layers": 3, "n_heads": 4, "max_seq_len": CONTEXT, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
 GPT: dict[str, Any] = {
     "vocab_size": 89, "n_embd": 40, "n_inner": 107, "n_layer": 3, "n_head": 4, "n_positions": CONTEXT,
     "bos_token_id": 1, "eos_token_id": 2,
@@ -23,10 +36,17 @@ GPT: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One checkpoint: transformers' name of the family, and what its config says beside the sizes."""
+    """One checkpoint: transformers' name of the family, and what its config says beside the sizes.
+
+    attention: which of transformers' is right; most leave out what caps scores. A family that transformers does not
+    have is one it has whose config.json says `says` beside; `oracle` then makes that family's model of the other's.
+    """
 
     model_type: str
     config: dict[str, Any]
+    attention: str = "eager"
+    says: dict[str, Any] = field(default_factory=dict)
+    oracle: Callable[[Any], None] | None = None
 
 
 def _case(model_type: str, **config: Any) -> Case:
@@ -41,12 +61,59 @@ def _rope(kind: str, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **more}}
 
 
+def _activated(activate: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """A llama with another activation."""
+
+    def oracle(model: Any) -> None:
+        for layer in model.model.layers:
+            layer.mlp.act_fn.forward = activate
+
+    return oracle
+
+
+def _fatrelu(x: Any) -> Any:
+    return x * (x > FAT)
+
+
+def _scaled_like_minicpm(model: Any) -> None:
+    """What MiniCPM multiplies with, put into the weights of a llama."""
+    layers = model.model.layers
+    model.model.embed_tokens.weight.data *= MINICPM["scale_emb"]
+    model.lm_head.weight.data *= MINICPM["dim_model_base"] / SIZES["hidden_size"]
+    for layer in layers:
+        for matrix in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            matrix.weight.data *= MINICPM["scale_depth"] / len(layers) ** 0.5
+        layer.mlp.act_fn.forward = _fatrelu
+
+
+def _twice_rectified(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.mlp.forward = partial(_drelu, layer.mlp)
+
+
+def _drelu(mlp: Any, x: Any) -> Any:
+    return mlp.down_proj(mlp.gate_proj(x).relu() * mlp.up_proj(x).relu())
+
+
+FAT = 0.25
+MINICPM: dict[str, Any] = {
+    "architectures": ["MiniCPMForCausalLM"], "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16,
+    "hidden_act": "fatrelu", "hidden_act_param": FAT, "tie_word_embeddings": False,
+}  # fmt: skip
 LONG = [1.0 + 0.7 * i for i in range(5)]
 CASES: dict[str, Case] = {
     "mistral": _case("mistral", sliding_window=None, head_dim=16),
-    "mistral-window": _case("mistral", sliding_window=80),
+    "mistral-window": _case("mistral", sliding_window=24),
     "qwen2": _case("qwen2", tie_word_embeddings=True),
+    "qwen2-window": _case("qwen2", use_sliding_window=True, sliding_window=24, max_window_layers=1),
     "qwen3": _case("qwen3", head_dim=12, attention_bias=True),
+    "gemma": _case("gemma", head_dim=12),
+    "gemma2": _case("gemma2", head_dim=12, query_pre_attn_scalar=7, sliding_window=24, attn_logit_softcapping=0.8,
+                    final_logit_softcapping=3.0),
+    "gemma3": _case("gemma3_text", head_dim=12, query_pre_attn_scalar=7, sliding_window=24,
+                    layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+                    rope_parameters={"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
+                                     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}),
     "arcee": _case("arcee"),
     "arcee-biases": _case("arcee", attention_bias=True, mlp_bias=True),
     "nemotron": _case("nemotron", partial_rotary_factor=0.4, attention_bias=True),
@@ -68,7 +135,25 @@ CASES: dict[str, Case] = {
     "gpt2": Case("gpt2", GPT),
     "gptj": Case("gptj", GPT | {"rotary_dim": 6}),
     "phi3": _case("phi3", partial_rotary_factor=0.8),
+    "phi3-window": _case("phi3", sliding_window=24),
     "starcoder2": _case("starcoder2"),
+    "starcoder2-window": _case("starcoder2", sliding_window=24),
+    "mpt": Case("mpt", MPT),
+    "mpt-six-heads": Case("mpt", MPT | {"d_model": 42, "n_heads": 6, "attn_config": {"softmax_scale": 0.2}}),
+    "bloom": Case("bloom", GPT_SIZES | {"n_head": 5}),
+    "falcon-7b": Case("falcon", FALCON | {"activation": "relu"}),
+    "falcon-40b": Case("falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-11b": Case("falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2,
+                                           "num_ln_in_parallel_attn": 1}),
+    "falcon-rw": Case("falcon", FALCON | {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+                      attention="sdpa"),  # its eager attention adds the biases twice
+    "llama-fatrelu": replace(_case("llama"), says={"hidden_act": "fatrelu", "hidden_act_param": FAT},
+                             oracle=_activated(_fatrelu)),
+    "llama-shifted-relu": replace(_case("llama"), says={"hidden_act": "shifted_relu", "hidden_act_param": FAT},
+                                  oracle=_activated(lambda x: (x - FAT).relu())),
+    "minicpm": replace(_case("llama"), says=MINICPM, oracle=_scaled_like_minicpm),
+    "bamboo": replace(_case("mistral", sliding_window=24), oracle=_twice_rectified,
+                      says={"architectures": ["BambooForCausalLM"], "hidden_act": "relu"}),
     "llama-yarn": _case("llama", **_rope("yarn", factor=4.0, original_max_position_embeddings=24)),
     "llama-yarn-mscale": _case("llama", **_rope("yarn", factor=4.0, original_max_position_embeddings=24, mscale=1.0,
                                                 mscale_all_dim=0.7, beta_fast=4.0, truncate=False)),
@@ -83,4 +168,22 @@ def make(name: str, path: Path, dtype: str = "float32") -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     case = CASES[name]
-    return save(AutoModelForCausalLM.from_config, AutoConfig.for_model(case.model_type, **case.config), path, dtype)
+    save(AutoModelForCausalLM.from_config, AutoConfig.for_model(case.model_type, **case.config), path, dtype)
+    said = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(said | case.says))
+    return path
+
+
+def reference(name: str, path: Path) -> Any:
+    """What a case's model is to transformers, in float32, of the checkpoint `make` wrote under `path`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    case = CASES[name]
+    config = AutoConfig.for_model(case.model_type, **case.config)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, config=config, dtype=torch.float32, attn_implementation=case.attention
+    ).eval()
+    if case.oracle is not None:
+        case.oracle(model)
+    return model

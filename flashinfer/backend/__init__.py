@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 
-from flashinfer.backend.base import Backend, Buffer, Bundle, Part
+from flashinfer.backend.base import Backend, Buffer, Bundle, Part, Scoring
 from flashinfer.backend.footprint import Footprint
 from flashinfer.config import BackendName
 from flashinfer.errors import DeviceError
 
-__all__ = ["Backend", "Buffer", "Bundle", "Footprint", "Part", "has_native", "open_backend"]
+__all__ = ["Backend", "Buffer", "Bundle", "Footprint", "Part", "Scoring", "has_native", "open_backend"]
 
 
 def has_native() -> bool:

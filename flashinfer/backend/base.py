@@ -42,7 +42,8 @@ class Part:
 @dataclass(frozen=True)
 class Bundle:
     """What a bundle holds. Plain FFNs have no `up` here: it is their decision matrix. `decision` and its bias are
-    there where the store keeps the decision matrix in its bundles."""
+    there where the store keeps the decision matrix in its bundles. `rectified`: products with `up` count where they
+    are positive, else as zero."""
 
     bytes: int
     down: Part
@@ -50,6 +51,28 @@ class Bundle:
     up_bias: Part | None = None
     decision: Part | None = None
     decision_bias: Part | None = None
+    rectified: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Scoring:
+    """What becomes of scores, the scaled products of queries and keys, before their softmax, in this order.
+
+    softcap: s becomes `softcap * tanh(s / softcap)` (Gemma 2, arXiv 2408.00118, section 2). slopes: float32 `[heads]`,
+    by which a score falls for each position between its key and its query (ALiBi, arXiv 2108.12409, section 3).
+    window: a query sees so many positions, its own the last of them (Longformer, arXiv 2004.05150, section 3.1); None:
+    all. sinks: float32 `[heads]`, a score that counts in the softmax and has no value (gpt-oss, arXiv 2508.10925,
+    section 2.2).
+    """
+
+    softcap: float | None = None
+    slopes: Floats | None = None
+    window: int | None = None
+    sinks: Floats | None = None
+
+
+PLAIN = Scoring()
+"""The scores as they are."""
 
 
 class Backend(Protocol):
@@ -125,9 +148,10 @@ class Backend(Protocol):
         """The first `count` positions on the host: keys and values, float32 `[2, count, kv_heads * head_dim]`."""
         ...
 
-    def attend(self, q: Buffer, kv: Buffer, first: int, heads: int) -> Buffer:
+    def attend(self, q: Buffer, kv: Buffer, first: int, heads: int, scoring: Scoring = PLAIN) -> Buffer:
         """Causal attention of rows at positions first, first+1, ... over `kv`, grouped-query where there are
-        fewer kv heads; softmax over key tiles of TILE_KEYS with a fixed order of sums."""
+        fewer kv heads; softmax over key tiles of TILE_KEYS with a fixed order of sums. Keys beyond the window of all
+        of a tile's rows are not looked at."""
         ...
 
     def products(self, gate: Buffer, skip: int, count: int) -> Floats:
@@ -145,9 +169,9 @@ class Backend(Protocol):
         """`gate[skip + i, ~keep[i]] = 0` for host bool `keep` `[count, neurons]`; other rows stay. Writes `gate`."""
         ...
 
-    def fire(self, gate: Buffer, activation: Activation, index: Index) -> Buffer:
+    def fire(self, gate: Buffer, activation: Activation, index: Index, threshold: float = 0.0) -> Buffer:
         """Activated decision products in tiles: `index` int64 `[tiles, TILE_NEURONS]`, -1 pads with zero.
-        Result `[tiles, tokens, TILE_NEURONS]`."""
+        `threshold`: of the activations that have one. Result `[tiles, tokens, TILE_NEURONS]`."""
         ...
 
     def ffn(self, acc: Buffer, x: Buffer, fired: Buffer, memory: Bytes, offsets: Index, bundle: Bundle) -> None:

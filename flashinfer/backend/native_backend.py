@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from flashinfer.backend.base import Bundle, Bytes, Floats, Index, Mask, Part
+from flashinfer.backend.base import PLAIN, Bundle, Bytes, Floats, Index, Mask, Part, Scoring
 from flashinfer.backend.footprint import NATIVE
 from flashinfer.backend.native_codec import native_codec
 from flashinfer.config import KV_CODECS, TILE_NEURONS, TILE_TOKENS, KvType
@@ -27,7 +27,8 @@ from flashinfer.store.geometry import round_up
 _WORDS: dict[KvType, type[np.generic]] = {"f32": np.float32, "f16": np.uint16, "int8": np.uint8}
 """What the kernels see of a cache."""
 ACTIVATIONS: dict[Activation, int] = {
-    "relu": 0, "relu2": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4, "gelu_quick": 5
+    "relu": 0, "relu2": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4, "gelu_quick": 5, "fatrelu": 6, "shifted_relu": 7,
+    "drelu": 0,
 }  # fmt: skip
 
 
@@ -148,9 +149,10 @@ class NativeBackend:
             to[:] = codec_named(kv.codec).decode(rows, kv.dim).reshape(heads, count, kv.dim).swapaxes(0, 1)
         return out.reshape(2, count, heads * kv.dim)
 
-    def attend(self, q: Floats, kv: Kv, first: int, heads: int) -> Floats:
-        out = np.empty_like(q)
-        self._engine.attend(out, q, *kv.bits, first, heads)
+    def attend(self, q: Floats, kv: Kv, first: int, heads: int, scoring: Scoring = PLAIN) -> Floats:
+        out, s = np.empty_like(q), scoring
+        window = s.window or kv.bits[0].shape[1]
+        self._engine.attend(out, q, *kv.bits, first, heads, window, s.softcap or 0.0, s.slopes, s.sinks)
         return out
 
     # -- feed-forward
@@ -168,9 +170,9 @@ class NativeBackend:
         parts = (*_place(bundle.decision), *_place(bundle.decision_bias))
         self._engine.decide(gate, x, index, memory, offsets, bundle.bytes, *parts)
 
-    def fire(self, gate: Floats, activation: Activation, index: Index) -> Floats:
+    def fire(self, gate: Floats, activation: Activation, index: Index, threshold: float = 0.0) -> Floats:
         out = np.empty((len(index), len(gate), TILE_NEURONS), dtype=np.float32)
-        self._engine.fire(out, gate, ACTIVATIONS[activation], index)
+        self._engine.fire(out, gate, ACTIVATIONS[activation], threshold, index)
         return out
 
     def copy(self, memory: Bytes, targets: Index, sources: Index, size: int) -> None:
@@ -178,7 +180,7 @@ class NativeBackend:
 
     def ffn(self, acc: Floats, x: Floats, fired: Floats, memory: Bytes, offsets: Index, bundle: Bundle) -> None:
         parts = (*_place(bundle.up), *_place(bundle.up_bias), *_place(bundle.down))
-        self._engine.ffn(acc, x, fired, memory, offsets, bundle.bytes, *parts)
+        self._engine.ffn(acc, x, fired, memory, offsets, bundle.bytes, *parts, bundle.rectified)
 
 
 def _place(part: Part | None) -> tuple[NativeCodec | None, int]:

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashinfer.backend.base import Bundle, Bytes, Floats, Index, Mask, Part
+from flashinfer.backend.base import PLAIN, Bundle, Bytes, Floats, Index, Mask, Part, Scoring
 from flashinfer.backend.footprint import TORCH
-from flashinfer.backend.torch_tiles import ACTIVATIONS, Kv, attend_tile, times
+from flashinfer.backend.torch_tiles import Kv, activated, attend_tile, times
 from flashinfer.backend.torch_weights import Matrix, row_bytes, unpack
 from flashinfer.config import KV_CODECS, TILE_KEYS, TILE_NEURONS, TILE_ROWS, TILE_TOKENS, KvType
 from flashinfer.errors import DeviceError
@@ -167,11 +167,11 @@ class TorchBackend:
         host: Floats = torch.stack(rows).cpu().numpy()
         return host
 
-    def attend(self, q: Tensor, kv: Kv, first: int, heads: int) -> Tensor:
+    def attend(self, q: Tensor, kv: Kv, first: int, heads: int, scoring: Scoring = PLAIN) -> Tensor:
         out = torch.empty_like(q)
         step = 1 if q.shape[0] == 1 else TILE_TOKENS
         for t in range(0, q.shape[0], step):
-            out[t : t + step] = attend_tile(q[t : t + step], kv, first + t, heads)
+            out[t : t + step] = attend_tile(q[t : t + step], kv, first + t, heads, scoring)
         return out
 
     # -- feed-forward
@@ -227,10 +227,10 @@ class TorchBackend:
         drop = torch.from_numpy(~keep).to(self._device)
         gate[skip : skip + len(keep)].masked_fill_(drop, 0.0)
 
-    def fire(self, gate: Tensor, activation: Activation, index: Index) -> Tensor:
+    def fire(self, gate: Tensor, activation: Activation, index: Index, threshold: float = 0.0) -> Tensor:
         at = torch.from_numpy(index).to(self._device)
         picked = gate[:, at.clamp(min=0)].permute(1, 0, 2).contiguous()
-        return ACTIVATIONS[activation](picked).masked_fill_((at < 0)[:, None, :], 0.0)
+        return activated(picked, activation, threshold).masked_fill_((at < 0)[:, None, :], 0.0)
 
     def copy(self, memory: Bytes, targets: Index, sources: Index, size: int) -> None:
         for to, at in zip(targets.tolist(), sources.tolist(), strict=True):
@@ -269,7 +269,8 @@ class TorchBackend:
             h = fired[t : t + step]
             if up is not None:
                 u = torch.mm(x[t : t + step], up.t())
-                h = h * (u if bias is None else u + bias)
+                u = u if bias is None else u + bias
+                h = h * (torch.relu(u) if bundle.rectified else u)
             out.append(torch.mm(h, down))
         return out[0] if len(out) == 1 else torch.cat(out)
 

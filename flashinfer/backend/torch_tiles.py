@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashinfer.backend.base import Scoring
 from flashinfer.backend.torch_weights import DTYPES, unpack
 from flashinfer.config import TILE_KEYS, TILE_TOKENS
 from flashinfer.quant import codec_named
 from flashinfer.store.facts import Activation
 
 
-def _relu2(x: Tensor) -> Tensor:
-    return torch.relu(x).square()
-
-
-def _gelu_quick(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
-    "relu2": _relu2,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_quick": _gelu_quick,
-}
+def activated(x: Tensor, kind: Activation, threshold: float) -> Tensor:
+    """Decision products as activations, `facts.Activation` says which."""
+    match kind:
+        case "relu" | "drelu":
+            return torch.relu(x)
+        case "relu2":
+            return torch.relu(x).square()
+        case "fatrelu":
+            return x.masked_fill(x <= threshold, 0.0)
+        case "shifted_relu":
+            return torch.relu(x - threshold)
+        case "silu":
+            return F.silu(x)
+        case "gelu_quick":
+            return x * torch.sigmoid(1.702 * x)
+        case _:
+            return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
 @dataclass(frozen=True)
@@ -68,20 +70,43 @@ def times(x: Tensor, w: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield t, torch.mm(x[t : t + TILE_TOKENS], w.t())
 
 
-def attend_tile(q: Tensor, kv: Kv, first: int, heads: int) -> Tensor:
-    """Causal attention of rows at first .. first+step, which never straddle a key tile: all see the same key tiles."""
+def attend_tile(q: Tensor, kv: Kv, first: int, heads: int, scoring: Scoring) -> Tensor:
+    """Causal attention of rows at first .. first+step, which never straddle a key tile: all look at the same tiles."""
     step = q.shape[0]
     kv_heads, dim = kv.k.shape[1], kv.dim
-    group, tiles = heads // kv_heads, first // TILE_KEYS + 1
+    group, end = heads // kv_heads, first // TILE_KEYS + 1
+    low = 0 if scoring.window is None else max(0, first + 1 - scoring.window) // TILE_KEYS
     q = (q * dim**-0.5).view(step, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, group * step, dim)
-    scores = torch.matmul(q, kv.floats(kv.k[:tiles]).transpose(-1, -2))
-    keys = torch.arange((tiles - 1) * TILE_KEYS, tiles * TILE_KEYS, device=q.device)
-    seen = keys <= torch.arange(first, first + step, device=q.device)[:, None]
-    scores[-1].view(kv_heads, group, step, TILE_KEYS).masked_fill_(~seen, -torch.inf)
-    weights = torch.exp(scores - scores.amax(dim=(0, 3), keepdim=True))
-    sums, outs = weights.sum(-1, keepdim=True), torch.matmul(weights, kv.floats(kv.v[:tiles]))
+    scores = torch.matmul(q, kv.floats(kv.k[low:end]).transpose(-1, -2))
+    _score(scores.view(end - low, kv_heads, group, step, TILE_KEYS), first, low, scoring)
+    most, sinks = scores.amax(dim=(0, 3), keepdim=True), None
+    if scoring.sinks is not None:
+        sinks = torch.from_numpy(scoring.sinks).to(q.device).view(kv_heads, group, 1).expand(-1, -1, step)
+        sinks = sinks.reshape(1, kv_heads, group * step, 1)
+        most = torch.maximum(most, sinks)
+    weights = torch.exp(scores - most)
+    sums, outs = weights.sum(-1, keepdim=True), torch.matmul(weights, kv.floats(kv.v[low:end]))
     total, acc = sums[0], outs[0]
-    for i in range(1, tiles):  # in order: a longer context only adds terms at the end
+    for i in range(1, end - low):  # in order: a longer context only adds terms at the end
         total, acc = total + sums[i], acc + outs[i]
+    if sinks is not None:
+        total = total + torch.exp(sinks - most)[0]
     y = (acc / total).view(kv_heads, group, step, dim).permute(2, 0, 1, 3)
     return y.reshape(step, heads * dim)
+
+
+def _score(scores: Tensor, first: int, low: int, scoring: Scoring) -> None:
+    """Scores `[key tiles from low on, kv heads, group, rows, TILE_KEYS]` as `Scoring` has them; those of keys a row
+    does not see are minus infinity. Writes `scores`."""
+    tiles, kv_heads, group, step, width = scores.shape
+    keys = torch.arange(low * width, (low + tiles) * width, device=scores.device).view(tiles, 1, 1, 1, width)
+    back = torch.arange(first, first + step, device=scores.device)[:, None] - keys
+    if scoring.softcap is not None:
+        scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
+    if scoring.slopes is not None:
+        slopes = torch.from_numpy(scoring.slopes).to(scores.device).view(kv_heads, group, 1, 1)
+        scores.sub_(slopes * back)
+    unseen = back < 0
+    if scoring.window is not None:
+        unseen |= back >= scoring.window
+    scores.masked_fill_(unseen, -torch.inf)

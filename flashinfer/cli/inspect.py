@@ -137,19 +137,20 @@ def _level(level: Level, chosen: bool) -> dict[str, Any]:
 
 def _lines(s: dict[str, Any]) -> list[tuple[str, str]]:
     """The summary for people: (name, text)."""
+    from flashinfer.store.facts import SPARSE_ACTIVATIONS
     from flashinfer.units import format_size
 
     f = s["facts"]
     heads = f"{f['num_heads']} heads" + (f" ({f['num_kv_heads']} kv)" if f["num_kv_heads"] != f["num_heads"] else "")
-    sparse = "sparse: neurons are skipped" if f["activation"] in ("relu", "relu2") else "dense: every neuron is read"
+    sparse = "sparse: neurons are skipped" if f["activation"] in SPARSE_ACTIVATIONS else "dense: every neuron is read"
     codecs = ", ".join(f"{name} {format_size(size)}" for name, size in s["codecs"].items())
     return [
         ("store", f"{s['path']} (version {s['store_version']}, by {s['generator']})"),
         ("family", f"{f['family']}, {_count(s['parameters'])} parameters"),
         ("shape", f"{f['num_layers']} layers, hidden {f['hidden_size']}, FFN {f['intermediate_size']}, {heads}"),
         ("vocabulary", f"{f['vocab_size']} tokens, {'tied' if f['tied_head'] else 'separate'} head"),
-        ("context", f"{f['context_length']} tokens, {'rotary' if f['rope'] else 'learned'} positions"
-                    + (f", attention window {f['window']}" if f["window"] else "")),
+        ("context", f"{f['context_length']} tokens, {_positions(f)} positions"
+                    + _window(f)),
         ("activation", f"{f['activation']}{', gated' if f['gated'] else ''} ({sparse})"),
         ("weights", f"{format_size(s['weight_bytes'])}: {format_size(s['dense_bytes'])} dense, "
                     f"{format_size(s['neuron_bytes'])} neurons"),
@@ -159,6 +160,18 @@ def _lines(s: dict[str, Any]) -> list[tuple[str, str]]:
         *_predictor_lines(s),
         *(("file", f"{x['name']} ({format_size(x['bytes'])})") for x in s["files"]),
     ]  # fmt: skip
+
+
+def _window(facts: dict[str, Any]) -> str:
+    if not facts["window"]:
+        return ""
+    count = facts["num_layers"] - len(facts["global_layers"])
+    where = "" if count == facts["num_layers"] else f" in {count} of {facts['num_layers']} layers"
+    return f", attention window {facts['window']}{where}"
+
+
+def _positions(facts: dict[str, Any]) -> str:
+    return "rotary" if facts["rope"] else "ALiBi" if facts.get("alibi") else "learned"
 
 
 def _layer_lines(layers: list[dict[str, Any]]) -> list[tuple[str, str]]:

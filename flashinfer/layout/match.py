@@ -112,7 +112,7 @@ def _declared(layout: Layout, resolver: Resolver, layers: int, prefix: str, tens
     """By role, but for those that conditions rule out; `tensors` is how many the checkpoint has."""
     found = {}
     for role, pattern in layout.tensors.items():
-        template = pattern.name if resolver.holds(pattern.when) else pattern.otherwise
+        template = next((name for name, when in pattern.candidates if resolver.holds(when)), None)
         if template is None:
             continue
         each = 1 if pattern.each is None else resolver.size(pattern.each)

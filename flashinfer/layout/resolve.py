@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from flashinfer.errors import LayoutError
 from flashinfer.layout.expression import parse_expression
 from flashinfer.layout.rope import read_rope
 from flashinfer.layout.schema import Condition, Layout, Source
+from flashinfer.layout.window import read_window
+from flashinfer.quant import codec_named
 from flashinfer.store.check import check_facts
 from flashinfer.store.facts import Facts
 
@@ -29,12 +32,13 @@ class Resolver:
         """The facts of this model. Raises LayoutError for anything the layout or the decoder cannot follow."""
         self._check_supported()
         values = {name: self.value(name) for name in self.layout.facts}
-        rope = None if self.layout.rope is None else read_rope(self, self.layout.rope)
-        window, context = values.get("window"), values["context_length"]
-        if type(window) is int and type(context) is int:  # within it, attention sees every position
-            values["context_length"] = min(context, window)
+        if self.layout.rope is not None and self.holds(self.layout.rope.when):
+            values |= read_rope(self, self.layout.rope)
+        values |= {} if self.layout.window is None else read_window(self, self.layout.window)
+        if values.get("window") is None:
+            values.pop("local_rope", None)
         try:
-            facts = msgspec.convert({"family": self.layout.family, **values, "rope": rope}, Facts)
+            facts = msgspec.convert({"family": self.layout.family, **values}, Facts)
         except msgspec.ValidationError as e:
             raise self.unfit(str(e)) from e
         check_facts(facts, self._need)
@@ -58,6 +62,9 @@ class Resolver:
             raise LayoutError(f"layout {self.layout.family}: fact {name} is defined by itself")
         self._pending.add(name)
         source = self.layout.facts[name]
+        if isinstance(source, tuple):
+            counts = next(s for s in source if self.holds(s.when or ()))
+            source = msgspec.structs.replace(counts, when=None)
         self._values[name] = self.find(source, name) if isinstance(source, Source) else source
         self._pending.discard(name)
         return self._values[name]
@@ -88,6 +95,7 @@ class Resolver:
             value = self.value(first) != self.value(second)
         else:
             value = self.find(_as_source(condition), name)
+            value = value if condition.equals is None else value == condition.equals
         if not isinstance(value, bool):
             raise LayoutError(f"config.json: {name} is {value!r}, true or false was expected")
         return value
@@ -96,38 +104,63 @@ class Resolver:
         """The value a source gives; `name` says of what in errors."""
         if source.when is not None:
             return self.holds(source.when)
-        value = None if source.key is None else self.config.get(source.key)
-        if value is None and source.expr is not None:
-            return self.size(source.expr)
-        if value is None:
-            value = source.default
+        keys = (source.key,) if isinstance(source.key, str) else source.key or ()
+        said, value = self._look_up(*keys)
+        if value is None and not (said and source.optional):
+            value = source.default if source.expr is None else self.size(source.expr)
         if value is None and source.optional:
             return None
         if value is None:
-            raise LayoutError(f"config.json has no {source.key!r}, which layout {self.layout.family} needs for {name}")
-        if source.invert:
-            return self._inverse(value, name)
+            raise LayoutError(
+                f"config.json has no {' or '.join(map(repr, keys))}, which layout {self.layout.family} needs for {name}"
+            )
         if source.map is None:
-            return value
+            return self._computed(source, value, name)
         text = str(value).lower() if isinstance(value, bool) else str(value)
         if text not in source.map:
             raise LayoutError(
-                f"config.json says {source.key} = {text!r}; layout {self.layout.family} supports "
+                f"config.json says {' or '.join(keys)} = {text!r}; layout {self.layout.family} supports "
                 f"{', '.join(source.map)}"
             )
         return source.map[text]
 
+    def _look_up(self, *keys: str) -> tuple[bool, Any]:
+        """Whether config.json has one of the keys, and the first value that is not null; `a.b` is key b of table a."""
+        said = False
+        for key in keys:
+            *tables, last = key.split(".")
+            at: Any = self.config
+            for table in tables:
+                at = at.get(table) if isinstance(at, Mapping) else None
+            there = isinstance(at, Mapping) and last in at
+            said = said or there
+            if there and at[last] is not None:
+                return True, at[last]
+        return said, None
+
     def _check_supported(self) -> None:
         for key, values in self.layout.supported.items():
-            value = self.config.get(key)
+            _, value = self._look_up(key)
             if value is not None and not any(value == v and type(value) is type(v) for v in values):
                 wanted = " or ".join(repr(v) for v in values) or "nothing"
                 raise self.unfit(f"it says {key} = {str(value)[:80]}, only {wanted} is supported there")
 
-    def _inverse(self, value: Any, name: str) -> float:
-        if type(value) not in (int, float) or value == 0:
-            raise self.unfit(f"{name} is one over {value!r}, a number but 0 was expected")
-        return 1.0 / float(value)
+    def _computed(self, source: Source, value: Any, name: str) -> Any:
+        """What a source makes of the number it found."""
+        if source.power is None and source.times is None and not source.rounded:
+            return value
+        if type(value) not in (int, float) or (source.power is not None and value <= 0):
+            raise self.unfit(f"{name} is computed from {value!r}, a positive number was expected")
+        result = float(value) ** (1.0 if source.power is None else source.power)
+        if source.times is not None:
+            result *= float(self.find(source.times, name))
+        return self._rounded(result) if source.rounded else result
+
+    def _rounded(self, value: float) -> float:
+        """To nearest, in the type of the weights; float32 where config.json does not say."""
+        dtype = str(self.config.get("dtype") or self.config.get("torch_dtype")).removeprefix("torch.")
+        codec = codec_named({"float16": "f16", "bfloat16": "bf16"}.get(dtype, "f32"))
+        return float(codec.decode(codec.encode(np.array([[value]], dtype=np.float32)), 1)[0, 0])
 
 
 def _as_source(condition: Condition) -> Source:

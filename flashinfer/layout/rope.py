@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
-from flashinfer.errors import LayoutError
 from flashinfer.layout.schema import RopeSource, RotatedLayers, Source
+from flashinfer.layout.values import Values, layer_count
+from flashinfer.layout.window import FULL, SLIDING
 from flashinfer.store.facts import Rope
 
 _ALIASES = {"su": "longrope"}
@@ -23,53 +24,41 @@ _KEYS = {
     "longrope": {"factor", "attention_factor", "short_factor", "long_factor"},
 }
 """What each type's table may say beside what all may."""
-_MOST_LAYERS = 1 << 16
-"""Far more than any model has: a list is made of them before the tensors can contradict."""
 _ORIGINAL = "original_max_position_embeddings"
 
 
-class Values(Protocol):
-    """The part of `resolve.Resolver` that is needed here."""
-
-    config: Mapping[str, Any]
-
-    def value(self, name: str) -> Any:
-        """Value of a fact."""
-        ...
-
-    def size(self, text: str) -> int:
-        """Value of an expression over facts."""
-        ...
-
-    def find(self, source: Source, name: str) -> Any:
-        """The value a source gives."""
-        ...
-
-    def unfit(self, what: str) -> LayoutError:
-        """The error of a config.json that cannot be followed."""
-        ...
-
-
-def read_rope(values: Values, source: RopeSource) -> Rope:
-    """Rotary positions as transformers reads them from this config.json.
+def read_rope(values: Values, source: RopeSource) -> dict[str, Rope]:
+    """Rotary positions as transformers reads them from this config.json: the facts `rope` and `local_rope`.
 
     `dynamic` scaling changes nothing within `max_position_embeddings`, and no run goes beyond that: it is none here.
     Raises LayoutError for a type, or a key of its table, that is not known.
     """
     table: Any = next((values.config[key] for key in source.parameters if values.config.get(key)), {})
+    if source.local_theta is None:
+        return {"rope": _rope(values, source, source.theta, table)}
+    by_kind = isinstance(table, dict) and bool(set(table) & {FULL, SLIDING})
+    tables = table if by_kind else {FULL: table}
+    return {
+        "rope": _rope(values, source, source.theta, tables.get(FULL) or {}),
+        "local_rope": _rope(values, source, source.local_theta, tables.get(SLIDING) or {}),
+    }
+
+
+def _rope(values: Values, source: RopeSource, theta: Source, table: Any) -> Rope:
+    """One of them, from its table."""
     if not isinstance(table, dict):
         raise values.unfit(f"rope parameters {str(table)[:120]} are not understood")
     table = {key: value for key, value in table.items() if value is not None}
     kind = str(table.get("rope_type", table.get("type", "default")))
     kind = _ALIASES.get(kind, kind)
-    if set(table) & {"full_attention", "sliding_attention"}:
+    if set(table) & {FULL, SLIDING}:
         raise values.unfit(f"rope parameters {str(table)[:120]} are not understood: they differ by layer")
     if kind not in _KEYS:
         raise values.unfit(f"rope type {kind[:40]!r}; {', '.join(_KEYS)} are supported")
     if unknown := sorted(set(table) - _COMMON - _KEYS[kind] - {_ORIGINAL}):
         raise values.unfit(f"rope parameters of type {kind} with {', '.join(unknown)[:80]} are not understood")
     fields: dict[str, Any] = {
-        "theta": table.get("rope_theta") or values.find(source.theta, "rope theta"),
+        "theta": table.get("rope_theta") or values.find(theta, "rope theta"),
         "rotary_dim": _rotary_dim(values, source, table),
         "skipped": () if source.layers is None else _skipped(values, source.layers),
     }
@@ -96,9 +85,7 @@ def _rotary_dim(values: Values, source: RopeSource, table: Mapping[str, Any]) ->
 
 
 def _skipped(values: Values, layers: RotatedLayers) -> tuple[int, ...]:
-    count, flags = values.value("num_layers"), values.config.get(layers.flags)
-    if type(count) is not int or count > _MOST_LAYERS:
-        raise values.unfit(f"it says {str(count)[:40]} layers")
+    count, flags = layer_count(values), values.config.get(layers.flags)
     if flags is None:
         interval = values.find(layers.interval, layers.flags)
         if type(interval) is not int or interval < 1:

@@ -15,9 +15,10 @@ from flashinfer.layout.expression import Expression, parse_expression
 from flashinfer.store.facts import Facts
 
 SCHEMA = 1
-_ROPE_FACTS = ("family", "rope")
-_REQUIRED_FACTS = {f.name for f in msgspec.structs.fields(Facts) if f.required and f.name not in _ROPE_FACTS}
-_FACTS = {f.name for f in msgspec.structs.fields(Facts) if f.name not in _ROPE_FACTS}
+_OWN_TABLES = ("family", "rope", "local_rope", "window", "global_layers")
+"""Facts that a layout says elsewhere: at its head, in `[rope]` and in `[window]`."""
+_REQUIRED_FACTS = {f.name for f in msgspec.structs.fields(Facts) if f.required and f.name not in _OWN_TABLES}
+_FACTS = {f.name for f in msgspec.structs.fields(Facts) if f.name not in _OWN_TABLES}
 
 Scalar = bool | int | float | str
 
@@ -27,18 +28,23 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Source(_Strict, frozen=True):
-    """Where a value comes from: config key `key`, translated by `map`; `default` or `expr` where it is absent.
+    """Where a value comes from: config key `key` (of several the first that is there), translated by `map`; `default`
+    or `expr` where it is absent.
 
     A null in config.json counts as absent. `expr` alone (no `key`) is always computed; `when` alone is true where
-    all its conditions hold. `invert`: one over what the key says. `optional`: there need be no value.
+    all its conditions hold. In a list of sources `when` says where one counts. `power`: the value to that power.
+    `times`: multiplied by that. `rounded`: to the type that config.json says the weights have. `optional`: there need
+    be no value, and a null says that there is none.
     """
 
-    key: str | None = None
+    key: str | tuple[str, ...] | None = None
     default: Scalar | None = None
     expr: str | None = None
     map: dict[str, Scalar] | None = None
     when: tuple[str, ...] | None = None
-    invert: bool = False
+    power: float | None = None
+    times: Source | None = None
+    rounded: bool = False
     optional: bool = False
 
 
@@ -53,17 +59,20 @@ class RotatedLayers(_Strict, frozen=True):
 
 
 class Condition(_Strict, frozen=True):
-    """A yes or no: a boolean config key (with a default), or whether two facts differ."""
+    """A yes or no: a config key (with a default) that is boolean or `equals` that, or whether two facts differ."""
 
     key: str | None = None
-    default: bool | None = None
+    default: Scalar | None = None
+    equals: Scalar | None = None
     differ: tuple[str, str] | None = None
 
 
 class RopeSource(_Strict, frozen=True):
     """Rotary positions: `parameters` lists the config keys of scaling tables, the first one present counts.
 
-    Of `rotary_dim` values a share `partial` is turned, where it is given here or in the table.
+    Where not all of `when` hold there are none. Of `rotary_dim` values a share `partial` is turned, where it is given
+    here or in the table. `local_theta`: layers with a window have a rope of their own (Gemma 3), unscaled unless the
+    table says so.
     """
 
     theta: Source
@@ -71,13 +80,36 @@ class RopeSource(_Strict, frozen=True):
     parameters: tuple[str, ...] = ()
     partial: Source | None = None
     layers: RotatedLayers | None = None
+    local_theta: Source | None = None
+    when: tuple[str, ...] = ()
+
+
+class WindowSource(_Strict, frozen=True):
+    """How far attention looks back: `size` positions, where there is a size and all of `when` hold.
+
+    `layers` is the config key of a list with `sliding_attention` or `full_attention` for each layer. Where it is
+    absent, layers before `first` and every `interval`-th layer see all.
+    """
+
+    size: Source
+    when: tuple[str, ...] = ()
+    layers: str | None = None
+    first: Source | None = None
+    interval: Source | None = None
+
+
+class Alternative(_Strict, frozen=True):
+    """A tensor that plays a role where the one before it does not."""
+
+    name: str
+    when: tuple[str, ...] = ()
 
 
 class TensorPattern(_Strict, frozen=True):
     """The checkpoint's name for a role, its shape there, and when it must be there.
 
-    `when` names conditions that must all hold (`not X` for the opposite); where they do not, the tensor `otherwise`
-    plays the role, if there is one. `optional` tensors may be absent.
+    `when` names conditions that must all hold (`not X` for the opposite); where they do not, the first tensor of
+    `otherwise` whose own conditions hold plays the role, if there is one. `optional` tensors may be absent.
     The rest says what is taken of tensors of the shape `of`: `transposed` ones are `[in, out]`; `rows` (start, stop)
     of each of `groups` equal parts; `interleaved` rows of heads are put in halves; `plus` is added to vectors;
     `each` is how many vectors `{h}` in the name stands for.
@@ -86,7 +118,7 @@ class TensorPattern(_Strict, frozen=True):
     name: str
     shape: tuple[str, ...]
     when: tuple[str, ...] = ()
-    otherwise: str | None = None
+    otherwise: tuple[Alternative, ...] = ()
     optional: bool = False
     of: tuple[str, ...] | None = None
     transposed: bool = False
@@ -95,6 +127,11 @@ class TensorPattern(_Strict, frozen=True):
     interleaved: bool = False
     plus: float = 0.0
     each: str | None = None
+
+    @property
+    def candidates(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """Names of tensors that may play the role, with their conditions: the first whose conditions hold does."""
+        return ((self.name, self.when), *((other.name, other.when) for other in self.otherwise))
 
     @property
     def plain(self) -> bool:
@@ -116,13 +153,14 @@ class Layout(_Strict, frozen=True):
     schema: int
     family: str
     architectures: tuple[str, ...]
-    facts: dict[str, Scalar | Source]
+    facts: dict[str, Scalar | Source | tuple[Source, ...]]
     tensors: dict[str, TensorPattern]
     prefixes: tuple[str, ...] = ("",)
     supported: dict[str, tuple[Scalar, ...]] = {}
     conditions: dict[str, Condition] = {}
     ignored: tuple[Ignored, ...] = ()
     rope: RopeSource | None = None
+    window: WindowSource | None = None
 
 
 def read_layout(path: Path) -> Layout:
@@ -164,7 +202,9 @@ def _check(layout: Layout, where: str) -> None:
     need(facts >= _REQUIRED_FACTS, f"missing fact {', '.join(sorted(_REQUIRED_FACTS - facts))}")
     need(bool(layout.architectures) and bool(layout.prefixes), "architectures and prefixes must not be empty")
     for name, source in layout.facts.items():
-        if isinstance(source, Source):
+        if isinstance(source, tuple):
+            need(source != () and not source[-1].when, f"fact {name} has no source that always counts, at its end")
+        elif isinstance(source, Source):
             sources = (source.key is not None or source.expr is not None) + (source.when is not None)
             need(sources == 1, f"fact {name} must have either key or expr, or when")
             need(source.default is None or source.expr is None, f"fact {name} has both default and expr")
@@ -175,9 +215,10 @@ def _check(layout: Layout, where: str) -> None:
     known = set(layout.conditions) | facts
     for role, pattern in layout.tensors.items():
         _check_tensor(layout, role, pattern, need)
-    dependent = [(entry.name, entry.when) for entry in layout.tensors.values()]
+    dependent = [named for p in layout.tensors.values() for named in p.candidates]
     dependent += [(entry.name, entry.when) for entry in layout.ignored]
-    dependent += [(f"fact {n}", s.when) for n, s in layout.facts.items() if isinstance(s, Source) and s.when]
+    dependent += [(f"fact {name}", s.when or ()) for name, s in _sources(layout)]
+    dependent += [(name, t.when) for name, t in (("rope", layout.rope), ("window", layout.window)) if t is not None]
     for name, when in dependent:
         unknown = {w.removeprefix("not ") for w in when} - known
         need(not unknown, f"{name} depends on the unknown condition {', '.join(sorted(unknown))}")
@@ -187,9 +228,9 @@ def _check(layout: Layout, where: str) -> None:
 
 def _check_tensor(layout: Layout, role: str, pattern: TensorPattern, need: Callable[[bool, str], None]) -> None:
     p, vector = pattern, len(pattern.shape) == 1
-    for name in (p.name, p.otherwise or p.name):
+    for name, _ in p.candidates:
         need(("{i}" in role) == ("{i}" in name), f"tensor {role}: role and name disagree about {{i}}")
-    need(p.otherwise is None or p.when != (), f"tensor {role} has otherwise and no when")
+    need(p.otherwise == () or p.when != (), f"tensor {role} has otherwise and no when")
     need(p.shape != (), f"tensor {role} has no shape")
     need(vector or (p.plus == 0.0 and p.each is None), f"tensor {role}: only vectors have plus and each")
     need(("{h}" in p.name) == (p.each is not None), f"tensor {role}: name and each disagree about {{h}}")
@@ -198,8 +239,16 @@ def _check_tensor(layout: Layout, role: str, pattern: TensorPattern, need: Calla
     need(not p.interleaved or layout.rope is not None, f"tensor {role} is interleaved without [rope]")
 
 
+def _sources(layout: Layout) -> list[tuple[str, Source]]:
+    """Every source of a fact, with the fact's name."""
+    found = [(name, (s,) if isinstance(s, Source) else s) for name, s in layout.facts.items()]
+    return [(name, s) for name, some in found if isinstance(some, tuple) for s in some]
+
+
 def _expressions(layout: Layout, where: str) -> list[tuple[str, Expression]]:
-    texts = [s.expr for s in layout.facts.values() if isinstance(s, Source) and s.expr is not None]
+    sources = [s for _, s in _sources(layout)]
+    sources += [s.times for s in sources if s.times is not None]
+    texts = [s.expr for s in sources if s.expr is not None]
     for p in layout.tensors.values():
         texts += [*p.shape, *(p.of or ()), *(p.rows or ()), p.groups, *([] if p.each is None else [p.each])]
     if layout.rope is not None and (turned := layout.rope.rotary_dim):

@@ -80,7 +80,9 @@ def _activations(f: Facts, r: Request) -> int:
         + 4 * f.num_heads * f.head_dim
         + 5 * f.intermediate_size
     )
-    rope = 0 if f.rope is None else round_up(r.context, TILE_TOKENS) * f.rope.rotary_dim
+    rope = round_up(r.context, TILE_TOKENS) * sum(
+        rope.rotary_dim for rope in (f.rope, f.local_rope) if rope is not None
+    )
     return 4 * (chunk * width + rope + 3 * f.vocab_size) + r.footprint.scores(f, r.context, r.threads)
 
 

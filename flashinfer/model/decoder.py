@@ -15,6 +15,7 @@ from flashinfer.ledger import Ledger
 from flashinfer.model.heads import Heads
 from flashinfer.model.observe import Observer, Seen
 from flashinfer.model.rows import Rows
+from flashinfer.model.scoring import scoring_of
 from flashinfer.model.weights import Weights, decode_tiles
 from flashinfer.predict import Guess, Matrices, Predictor, Span, build_predictor, select
 from flashinfer.store.facts import Facts
@@ -29,6 +30,12 @@ def prefill_tiles(needed: Index, neurons: int) -> Index:
     tiles = np.full((-(-neurons // TILE_NEURONS), TILE_NEURONS), -1, dtype=np.int64)
     tiles.reshape(-1)[needed] = needed
     return tiles[(tiles >= 0).any(axis=1)]
+
+
+def _soften(logits: Floats, cap: float) -> Floats:
+    """`cap * tanh(logits / cap)` (Gemma 2, arXiv 2408.00118, section 2). Overwrites and returns `logits`."""
+    np.tanh(np.divide(logits, np.float32(cap), out=logits), out=logits)
+    return np.multiply(logits, np.float32(cap), out=logits)
 
 
 class Decoder:
@@ -54,14 +61,15 @@ class Decoder:
         self.observer: Observer | None = None
         self._predictor = self._build(choice or Choice())
         self._heads = Heads(facts, weights, context)
+        self._scoring = [scoring_of(facts, i, self._host(f"layers.{i}.attn.sinks")) for i in range(facts.num_layers)]
+
+    def _host(self, role: str) -> Floats | None:
+        found = self.weights.vector(role)
+        return None if found is None else self.backend.fetch(found)
 
     def _build(self, choice: Choice) -> Predictor:
-        def vector(role: str) -> Floats | None:
-            found = self.weights.vector(role)
-            return None if found is None else self.backend.fetch(found)
-
         separate = [bundle.decision is None for bundle in self._bundles]
-        matrices = Matrices(self.backend, self._product, self._linear, vector)
+        matrices = Matrices(self.backend, self._product, self._linear, self._host)
         return build_predictor(choice, self.facts, separate, matrices)
 
     def new_kv(self, capacity: int, kv_type: KvType) -> list[Buffer]:
@@ -86,7 +94,8 @@ class Decoder:
             if self.weights.has("project_out.weight"):
                 x = self._linear("project_out", x)
             logits = self.backend.fetch(self._linear("embed" if self.facts.tied_head else "head", x))
-            return np.multiply(logits, np.float32(self.facts.logit_scale), out=logits)
+            np.multiply(logits, np.float32(self.facts.logit_scale), out=logits)
+            return logits if self.facts.logit_softcap is None else _soften(logits, self.facts.logit_softcap)
 
     # -- parts
 
@@ -102,7 +111,7 @@ class Decoder:
             learned = np.zeros((rows.total, self.facts.hidden_size), dtype=np.float32)
             learned[rows.skip : rows.skip + rows.count] = self.weights.lookup("embed.positions", at)
             x = self.backend.add(x, self.backend.place(learned))
-        return x
+        return self._norm(x, "embed.norm") if self.facts.embed_norm else x
 
     def _in_turn(self, layer: int, x: Buffer, rows: Rows, kv: Buffer) -> Buffer:
         """A layer whose FFN takes what attention has been added to."""
@@ -125,11 +134,11 @@ class Decoder:
         return self._norm(x, f"{name}.norm") if self.facts.norm_position == "post" else x
 
     def _branch(self, x: Buffer, name: str, part: Callable[[Buffer], Buffer]) -> Buffer:
-        """What a block adds to `x`: normed before (almost everyone) or after (OLMo 2)."""
+        """What a block adds to `x`: normed before (almost everyone), after (OLMo 2) or both (Gemma 2)."""
         f = self.facts
-        y = part(self._norm(x, f"{name}.norm") if f.norm_position == "pre" else x)
-        if f.norm_position == "output":
-            y = self._norm(y, f"{name}.norm")
+        y = part(self._norm(x, f"{name}.norm") if f.norms_inputs else x)
+        if f.norm_position in ("output", "both"):
+            y = self._norm(y, f"{name}.norm" if f.norm_position == "output" else f"{name}.output_norm")
         return y if f.residual_scale == 1.0 else self.backend.multiply(y, f.residual_scale)
 
     def _norm(self, x: Buffer, name: str) -> Buffer:
@@ -153,7 +162,7 @@ class Decoder:
         q, k, v = (self._linear(f"{name}.{part}", x) for part in "qkv")
         q, k = self._heads.prepare(layer, "q", q, rows), self._heads.prepare(layer, "k", k, rows)
         self.backend.append_kv(kv, rows.start, k, v, rows.skip, rows.count)
-        return self._linear(f"{name}.o", self.backend.attend(q, kv, rows.first, f.num_heads))
+        return self._linear(f"{name}.o", self.backend.attend(q, kv, rows.first, f.num_heads, self._scoring[layer]))
 
     def _ffn(self, layer: int, x: Buffer, residual: Buffer, rows: Rows) -> Buffer:
         f, backend, bundle = self.facts, self.backend, self._bundles[layer]
@@ -170,7 +179,7 @@ class Decoder:
             if guess.gate is None:
                 backend.decide(gate, x, some, group.memory, group.offsets, bundle)
                 self._limit(gate, guess, rows)
-            fired = backend.fire(gate, f.activation, some)
+            fired = backend.fire(gate, f.activation, some, f.threshold)
             backend.ffn(out, x, fired, group.memory, group.offsets, bundle)
         if self.observer is not None:
             self.observer.seen(layer, self._seen(x, gate, guess, rows))
@@ -181,8 +190,7 @@ class Decoder:
         """Whom the next layer will probably need: its predictor on what is known before this layer's output."""
         if rows.total > 1 or layer >= self.facts.num_layers or not self.weights.looks_ahead:
             return None
-        pre = self.facts.norm_position == "pre"
-        x = self._norm(residual, f"layers.{layer}.ffn.norm") if pre else residual
+        x = self._norm(residual, f"layers.{layer}.ffn.norm") if self.facts.norms_inputs else residual
         named = self._predictor.guess(layer, x, Span(0, 1)).needed
         return None if named is None else np.flatnonzero(named[0])
 
@@ -194,6 +202,6 @@ class Decoder:
     def _seen(self, x: Buffer, gate: Buffer, guess: Guess, rows: Rows) -> Seen:
         inputs, products = (self.backend.products(y, rows.skip, rows.count) for y in (x, gate))
         if self.facts.sparse:
-            return Seen(inputs, products, products > 0, guess.needed)
+            return Seen(inputs, products, products > np.float32(self.facts.threshold), guess.needed)
         active = np.ones(products.shape, dtype=bool) if guess.needed is None else guess.needed
         return Seen(inputs, products, active, guess.needed)

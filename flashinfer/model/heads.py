@@ -22,18 +22,18 @@ class Heads:
 
     def __init__(self, facts: Facts, weights: Weights, context: int) -> None:
         self._facts, self._weights, self._backend = facts, weights, weights.backend
-        self._skipped = frozenset(facts.rope.skipped) if facts.rope else frozenset()
         # whole tiles: the padding rows of a prompt's last tile may stand for positions beyond the context
         positions = round_up(context, TILE_TOKENS)
-        self._tables = rotary_tables(facts.rope, positions, context) if facts.rope else None
+        ropes = {facts.rope_of(i) for i in range(facts.num_layers)}
+        self._tables = {rope: rotary_tables(rope, positions, context) for rope in ropes if rope is not None}
 
     def prepare(self, layer: int, part: Literal["q", "k"], x: Buffer, rows: Rows) -> Buffer:
         """Queries or keys of a layer as attention wants them, which divides products by `sqrt(head_dim)`. May
         overwrite `x`."""
         f = self._facts
         x = self._norm(f"layers.{layer}.attn.{part}_norm", x)
-        if self._tables is not None and layer not in self._skipped:
-            cos, sin = (t[rows.first : rows.first + rows.total] for t in self._tables)
+        if (rope := f.rope_of(layer)) is not None:
+            cos, sin = (t[rows.first : rows.first + rows.total] for t in self._tables[rope])
             x = self._backend.rotate(x, f.head_dim, cos, sin)
         if part == "q" and f.attention_scale is not None:
             x = self._backend.multiply(x, f.attention_scale * math.sqrt(f.head_dim))

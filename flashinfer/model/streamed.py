@@ -28,8 +28,9 @@ Index = npt.NDArray[np.int64]
 def bundle_of(layer: NeuronLayer, facts: Facts) -> Bundle:
     """The backend's view of a bundle."""
     parts: dict[str, Part] = {p.role: Part(p.offset, p.elements, p.codec) for p in layer.parts}
-    decision = [parts.pop(f"{facts.decision}.{kind}", None) for kind in ("weight", "bias")]
-    return Bundle(layer.bundle_bytes, parts["down.weight"], parts.get("up.weight"), parts.get("up.bias"), *decision)
+    decision, bias = (parts.pop(f"{facts.decision}.{kind}", None) for kind in ("weight", "bias"))
+    up, up_bias = parts.get("up.weight"), parts.get("up.bias")
+    return Bundle(layer.bundle_bytes, parts["down.weight"], up, up_bias, decision, bias, facts.rectifies_up)
 
 
 def in_order(dense: Mapping[str, Sequence[Piece]], neurons: Sequence[Sequence[Piece]]) -> list[Piece]:

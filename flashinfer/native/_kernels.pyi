@@ -78,22 +78,34 @@ class Engine:
         bias_at: int,
         down: Codec | None,
         down_at: int,
+        rectified: bool,
     ) -> None:
         """See `Backend.ffn`. A bundle has `bundle` bytes; its parts are (codec, byte offset), below 0: none."""
     def append(self, cache: npt.NDArray[Any], at: int, x: _Floats, skip: int, count: int) -> None:
         """Positions at .. at+count of `cache` become rows skip .. skip+count of x: `[kv heads, positions, dim]` in
         float32, or float16 seen as uint16, or uint8 `[kv heads, positions, bytes]`: rows of `int8g32`."""
     def attend(
-        self, out: _Floats, q: _Floats, k: npt.NDArray[Any], v: npt.NDArray[Any], first: int, heads: int
+        self,
+        out: _Floats,
+        q: _Floats,
+        k: npt.NDArray[Any],
+        v: npt.NDArray[Any],
+        first: int,
+        heads: int,
+        window: int,
+        cap: float,
+        slopes: _Floats | None,
+        sinks: _Floats | None,
     ) -> None:
-        """Causal attention; k, v as `append` wrote them."""
+        """Causal attention; k, v as `append` wrote them. window: positions a query sees, 1 at least. cap: 0 is none.
+        The rest is that of `backend.base.Scoring`."""
     def norm(
         self, out: _Floats, x: _Floats, weight: _Floats | None, bias: _Floats | None, center: bool, eps: float
     ) -> None:
         """RMSNorm; LayerNorm with `center`."""
     def rotate(self, out: _Floats, x: _Floats, dim: int, cos: _Floats, sin: _Floats) -> None:
         """Rotary positions on heads of `dim` values, halves convention."""
-    def fire(self, out: _Floats, gate: _Floats, activation: int, index: _Index) -> None:
+    def fire(self, out: _Floats, gate: _Floats, activation: int, threshold: float, index: _Index) -> None:
         """`out[tile, t, n] = activation(gate[t, index[tile, n]])`, 0 where the index is negative."""
     def copy(self, memory: _Bytes, targets: _Index, sources: _Index, size: int) -> None:
         """`memory[targets[i] : targets[i] + size] = memory[sources[i] : ...]`; no two of these ranges overlap."""

@@ -87,21 +87,29 @@ void Engine::append(std::uint8_t* cache, Type type, const float* x, long tokens,
         }
 }
 
-void Engine::attend(float* out, const float* q, long tokens, const KeyValues& kv, long first, long heads) {
+// Scores of a query and `count` keys, the last one its own, become weights; returns their sum.
+float Engine::weigh(float* scores, long count, const Scoring& scoring, long head) const {
+    if (scoring.cap > 0) table_.soften(scores, count, scoring.cap);
+    if (scoring.slopes) table_.lean(scores, count, scoring.slopes[head], 1 - count);
+    return table_.softmax(scores, count, scoring.sinks ? scoring.sinks + head : nullptr);
+}
+
+void Engine::attend(float* out, const float* q, long tokens, const KeyValues& kv, long first, long heads,
+                    const Scoring& scoring) {
     auto lock = pool_.exclusive();
     const long group = heads / kv.heads, together = tokens == 1 ? 1 : std::max(1L, TOKENS / group);
     const long parts = ceil_div(tokens, together);
     const long scratch = together * group * (round_up(kv.capacity, 16) + 2 * kv.dim + 1);
     float* memory = attention_.get(scratch * pool_.threads());
-    spread(parts * kv.heads, tokens * heads * (first + tokens) * kv.dim, [&](int task, int worker) {
+    spread(parts * kv.heads, tokens * heads * std::min(first + tokens, scoring.window) * kv.dim, [&](int task, int worker) {
         const long head = task / parts, t = task % parts * together, width = heads * kv.dim;
-        attend_some(out + t * width, q + t * width, std::min(together, tokens - t), kv, first + t, heads, head,
+        attend_some(out + t * width, q + t * width, std::min(together, tokens - t), kv, first + t, heads, head, scoring,
                     memory + worker * scratch);
     });
 }
 
 void Engine::attend_some(float* out, const float* q, long tokens, const KeyValues& kv, long first, long heads, long head,
-                         float* scratch) {
+                         const Scoring& scoring, float* scratch) {
     const long dim = kv.dim, group = heads / kv.heads, queries = tokens * group, stride = round_up(kv.capacity, 16);
     const long row = row_bytes(kv.type, dim), keys = first + tokens;
     const std::uint8_t *k = kv.k + head * kv.capacity * row, *v = kv.v + head * kv.capacity * row;
@@ -112,10 +120,11 @@ void Engine::attend_some(float* out, const float* q, long tokens, const KeyValue
         for (long r = 0; r < some + ahead; r++) at[r] = from + (i + r) * row;
         return Rows{at, int(some), int(ahead), integers_at(kv.type, dim)};
     };
+    auto seen_from = [&](long t) { return std::max(0L, first + t + 1 - scoring.window); };
     for (long t = 0; t < tokens; t++)
         table_.scale(scaled + t * group * dim, q + (t * heads + head * group) * dim, group * dim,
                      1.0f / __builtin_sqrtf(float(dim)));
-    for (long i = 0; i < keys; i += MOST_ROWS)
+    for (long i = seen_from(0); i < keys; i += MOST_ROWS)
         table_.dots(kv.type, rows_at(k, i, keys), scaled, dim, int(queries), dim, scores + i, stride);
     std::fill(sums, sums + queries * dim, 0.0f);
     auto add_values = [&](long query, long count, long from, long to) {
@@ -123,10 +132,15 @@ void Engine::attend_some(float* out, const float* q, long tokens, const KeyValue
             table_.sums(kv.type, rows_at(v, i, to), scores + query * stride + i, stride, int(count), dim,
                         sums + query * dim, dim);
     };
-    for (long query = 0; query < queries; query++)
-        totals[query] = table_.softmax(scores + query * stride, first + query / group + 1);
-    add_values(0, queries, 0, first + 1);  // the keys all of them see, then those a later token sees beyond
-    for (long t = 1; t < tokens; t++) add_values(t * group, group, first + 1, first + t + 1);
+    for (long query = 0; query < queries; query++) {
+        const long from = seen_from(query / group), to = first + query / group + 1;
+        totals[query] = weigh(scores + query * stride + from, to - from, scoring, head * group + query % group);
+    }
+    // in order: keys only the first tokens still see, those all of them see, those a later token sees beyond
+    const long all_from = seen_from(tokens - 1), all_to = std::max(all_from, first + 1);
+    for (long t = 0; t + 1 < tokens; t++) add_values(t * group, group, seen_from(t), std::min(all_from, first + t + 1));
+    add_values(0, queries, all_from, all_to);
+    for (long t = 1; t < tokens; t++) add_values(t * group, group, all_to, first + t + 1);
     for (long query = 0; query < queries; query++)
         table_.divide(out + (query / group * heads + head * group + query % group) * dim, sums + query * dim, dim,
                       totals[query]);
@@ -151,7 +165,7 @@ void Engine::rotate(float* out, const float* x, long tokens, long heads, long di
     });
 }
 
-void Engine::fire(float* out, const float* gate, long tokens, long neurons, Activation activation,
+void Engine::fire(float* out, const float* gate, long tokens, long neurons, Activation activation, float threshold,
                   const std::int64_t* index, long tiles, long tile) {
     auto lock = pool_.exclusive();
     spread(tiles, tiles * tokens * tile * 8, [&](int task, int) {
@@ -159,7 +173,7 @@ void Engine::fire(float* out, const float* gate, long tokens, long neurons, Acti
         for (long t = 0; t < tokens; t++) {
             float* to = out + (task * tokens + t) * tile;
             for (long n = 0; n < tile; n++) to[n] = wanted[n] < 0 ? 0.0f : gate[t * neurons + wanted[n]];
-            table_.activate(activation, to, tile);
+            table_.activate(activation, threshold, to, tile);
         }
     });
 }

@@ -50,6 +50,7 @@ struct Neurons {
     const std::int64_t* offsets;  // [tiles, tile]
     long tiles, tile;
     Part up, up_bias, down;
+    bool rectified;  // products with `up` count where they are positive
 };
 
 // Decision rows in bundles; those whose index is negative are left out.
@@ -64,6 +65,13 @@ struct KeyValues {
     const std::uint8_t *k, *v;  // [heads, capacity, dim]
     Type type;
     long heads, capacity, dim;
+};
+
+// What becomes of scores before their softmax, beside the causal mask; see `Scoring` of backend/base.py.
+struct Scoring {
+    long window;                  // positions a query sees, its own the last of them
+    float cap;                    // 0: none
+    const float *slopes, *sinks;  // [heads], or null
 };
 
 class Engine {
@@ -85,7 +93,8 @@ class Engine {
                 long at);
 
     // Causal attention of tokens at positions first, first + 1, ...; q and out are [tokens, heads * dim].
-    void attend(float* out, const float* q, long tokens, const KeyValues& kv, long first, long heads);
+    void attend(float* out, const float* q, long tokens, const KeyValues& kv, long first, long heads,
+                const Scoring& scoring);
 
     void norm(float* out, const float* x, long tokens, long width, const float* weight, const float* bias, bool center,
               float eps);
@@ -93,8 +102,8 @@ class Engine {
                 long half);
 
     // out[tile, t, n] = activation(gate[t, index[tile, n]]), 0 where the index is negative.
-    void fire(float* out, const float* gate, long tokens, long neurons, Activation activation, const std::int64_t* index,
-              long tiles, long tile);
+    void fire(float* out, const float* gate, long tokens, long neurons, Activation activation, float threshold,
+              const std::int64_t* index, long tiles, long tile);
 
     // Copies `count` records of `size` bytes between bytes of `memory`; none overlaps another.
     void copy(std::uint8_t* memory, const std::int64_t* targets, const std::int64_t* sources, long count, long size);
@@ -123,7 +132,8 @@ class Engine {
     void ffn_tile(float* acc, const Tokens& x, long tokens, const Neurons& neurons, long tile,
                   const float* fired);
     void attend_some(float* out, const float* q, long tokens, const KeyValues& kv, long first, long heads, long head,
-                     float* scratch);
+                     const Scoring& scoring, float* scratch);
+    float weigh(float* scores, long count, const Scoring& scoring, long head) const;
 
     // f(task, worker) for each task; `work` counts multiply-adds: whether they are worth waking a thread for.
     template <class F> void spread(long tasks, long work, const F& f) {

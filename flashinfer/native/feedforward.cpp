@@ -70,17 +70,17 @@ namespace {
 
 // h *= up product and bias: the factor of a neuron's down row.
 void gate(const Table& table, float* h, const float* products, const std::uint8_t* const* bundles, long count,
-          const Part& bias) {
+          const Neurons& n) {
     for (long i = 0; i < count; i++) {
         float value = products[i];
-        if (bias.offset >= 0) {
+        if (n.up_bias.offset >= 0) {
             const float one = 1;
-            const std::uint8_t* at = bundles[i] + bias.offset;
+            const std::uint8_t* at = bundles[i] + n.up_bias.offset;
             float b = 0;
-            table.dots(bias.codec->type, {&at, 1, 0}, &one, 1, 1, 1, &b, 1);
+            table.dots(n.up_bias.codec->type, {&at, 1, 0}, &one, 1, 1, 1, &b, 1);
             value += b;
         }
-        h[i] *= value;
+        h[i] *= n.rectified ? std::max(value, 0.0f) : value;
     }
 }
 
@@ -107,7 +107,7 @@ void Engine::ffn_one(float* acc, const Tokens& x, const Neurons& n) {
             const long a = task * GATHERED, b = std::min(count, a + GATHERED);
             const int ahead = int(std::min(AHEAD, count - b));
             dots(*n.up.codec, {ups + a, int(b - a), ahead}, x, 1, products + a, width);
-            gate(table_, h + a, products + a, bundles + a, b - a, n.up_bias);
+            gate(table_, h + a, products + a, bundles + a, b - a, n);
         });
     const long share = column_share(width, pool_.threads());
     const long together = n.down.codec->type == Type::codes ? count : MOST_ROWS;
@@ -179,7 +179,7 @@ void Engine::ffn_tile(float* acc, const Tokens& x, long tokens, const Neurons& n
             dots(*n.up.codec, rows_of(t, n.up.offset, at), x.from(t), int(some), products, size);
             rows_of(t, 0, at);
             for (long i = 0; i < some; i++)
-                gate(table_, lists.h + (t + i) * size, products + i * size, at, lists.count[t], n.up_bias);
+                gate(table_, lists.h + (t + i) * size, products + i * size, at, lists.count[t], n);
         });
     });
     const long share = column_share(width, pool_.threads());

@@ -226,6 +226,6 @@ void sums(Type type, Rows rows, const float* h, long h_stride, int tokens, long 
 
 extern const CodeTable code_table;
 extern const Table table;
-const Table table = {FLASHINFER_NAME, code_table, dots, sums, softmax, scale, divide, norm, rotate, halve, activate};
+const Table table = {FLASHINFER_NAME, code_table, dots, sums, soften, lean, softmax, scale, divide, norm, rotate, halve, activate};
 
 }  // namespace flashinfer::FLASHINFER_ISA

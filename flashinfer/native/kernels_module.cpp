@@ -108,7 +108,7 @@ void decide(Engine& self, Floats out, ConstFloats x, Index index, Bytes memory, 
 
 // Parts are (codec, byte offset in the bundle), the offset below 0 where there is none.
 void ffn(Engine& self, Floats acc, ConstFloats x, Array<const float, 3> fired, Bytes memory, Index offsets, long bundle,
-         const Codec* up, long up_at, const Codec* bias, long bias_at, const Codec* down, long down_at) {
+         const Codec* up, long up_at, const Codec* bias, long bias_at, const Codec* down, long down_at, bool rectified) {
     const long tokens = x.shape(0), width = x.shape(1);
     const Part parts[] = {{up, up_at}, {bias, bias_at}, {down, down_at}};
     require_row(parts[0], width, bundle);
@@ -122,7 +122,7 @@ void ffn(Engine& self, Floats acc, ConstFloats x, Array<const float, 3> fired, B
     nb::gil_scoped_release free;
     self.ffn(acc.data(), x.data(), tokens, width,
              {fired.data(), memory.data(), offsets.data(), long(fired.shape(0)), long(fired.shape(2)), parts[0],
-              parts[1], parts[2]});
+              parts[1], parts[2], rectified});
 }
 
 Type cache_type(nb::dlpack::dtype type) {
@@ -150,7 +150,8 @@ void append(Engine& self, OpenCache cache, long at, ConstFloats x, long skip, lo
                 dim, at);
 }
 
-void attend(Engine& self, Floats out, ConstFloats q, Cache k, Cache v, long first, long heads) {
+void attend(Engine& self, Floats out, ConstFloats q, Cache k, Cache v, long first, long heads, long window, float cap,
+            std::optional<Vector> slopes, std::optional<Vector> sinks) {
     for (int i = 0; i < 3; i++) require(k.dtype() == v.dtype() && k.shape(i) == v.shape(i), "keys and values differ");
     const KeyValues kv{static_cast<const std::uint8_t*>(k.data()), static_cast<const std::uint8_t*>(v.data()),
                        cache_type(k.dtype()), long(k.shape(0)), long(k.shape(1)),
@@ -160,8 +161,11 @@ void attend(Engine& self, Floats out, ConstFloats q, Cache k, Cache v, long firs
             "q or out is not [tokens, heads * dim]");
     require(kv.heads > 0 && heads % kv.heads == 0, "heads are no multiple of the heads in the cache");
     require(first >= 0 && first + tokens <= kv.capacity, "positions beyond the cache");
+    require(window > 0 && cap >= 0, "a window or a cap below what it can be");
+    for (const auto& each : {slopes, sinks}) require(!each || long(each->size()) == heads, "slopes or sinks do not fit the heads");
+    const Scoring scoring{window, cap, slopes ? slopes->data() : nullptr, sinks ? sinks->data() : nullptr};
     nb::gil_scoped_release free;
-    self.attend(out.data(), q.data(), tokens, kv, first, heads);
+    self.attend(out.data(), q.data(), tokens, kv, first, heads, scoring);
 }
 
 void norm(Engine& self, Floats out, ConstFloats x, std::optional<Vector> weight, std::optional<Vector> bias, bool center,
@@ -194,15 +198,15 @@ void copy(Engine& self, OpenBytes memory, IndexRow targets, IndexRow sources, lo
     self.copy(memory.data(), targets.data(), sources.data(), long(targets.size()), size);
 }
 
-void fire(Engine& self, Array<float, 3> out, ConstFloats gate, int activation, Index index) {
+void fire(Engine& self, Array<float, 3> out, ConstFloats gate, int activation, float threshold, Index index) {
     const long tokens = gate.shape(0), neurons = gate.shape(1);
-    require(activation >= 0 && activation <= int(Activation::gelu_quick), "no such activation");
+    require(activation >= 0 && activation <= int(Activation::shifted_relu), "no such activation");
     require(out.shape(0) == index.shape(0) && long(out.shape(1)) == tokens && out.shape(2) == index.shape(1),
             "out does not fit gate and index");
     for (size_t i = 0; i < index.size(); i++) require(index.data()[i] < neurons, "an index beyond the neurons");
     nb::gil_scoped_release free;
-    self.fire(out.data(), gate.data(), tokens, neurons, Activation(activation), index.data(), index.shape(0),
-              index.shape(1));
+    self.fire(out.data(), gate.data(), tokens, neurons, Activation(activation), threshold, index.data(),
+              index.shape(0), index.shape(1));
 }
 
 }  // namespace
@@ -224,14 +228,15 @@ NB_MODULE(_kernels, m) {
         .def("decide", decide, "out"_a.noconvert(), "x"_a.noconvert(), "index"_a.noconvert(), "memory"_a.noconvert(),
              "offsets"_a.noconvert(), "bundle"_a, "rows"_a.none(), "rows_at"_a, "bias"_a.none(), "bias_at"_a)
         .def("ffn", ffn, "acc"_a.noconvert(), "x"_a.noconvert(), "fired"_a.noconvert(), "memory"_a.noconvert(),
-             "offsets"_a.noconvert(), "bundle"_a, "up"_a.none(), "up_at"_a, "bias"_a.none(), "bias_at"_a, "down"_a.none(), "down_at"_a)
+             "offsets"_a.noconvert(), "bundle"_a, "up"_a.none(), "up_at"_a, "bias"_a.none(), "bias_at"_a, "down"_a.none(), "down_at"_a,
+             "rectified"_a)
         .def("append", append, "cache"_a.noconvert(), "at"_a, "x"_a.noconvert(), "skip"_a, "count"_a)
         .def("attend", attend, "out"_a.noconvert(), "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "first"_a,
-             "heads"_a)
+             "heads"_a, "window"_a, "cap"_a, "slopes"_a.noconvert().none(), "sinks"_a.noconvert().none())
         .def("norm", norm, "out"_a.noconvert(), "x"_a.noconvert(), "weight"_a.noconvert().none(),
              "bias"_a.noconvert().none(), "center"_a, "eps"_a)
         .def("rotate", rotate, "out"_a.noconvert(), "x"_a.noconvert(), "dim"_a, "cos"_a.noconvert(), "sin"_a.noconvert())
-        .def("fire", fire, "out"_a.noconvert(), "gate"_a.noconvert(), "activation"_a, "index"_a.noconvert())
+        .def("fire", fire, "out"_a.noconvert(), "gate"_a.noconvert(), "activation"_a, "threshold"_a, "index"_a.noconvert())
         .def("copy", copy, "memory"_a.noconvert(), "targets"_a.noconvert(), "sources"_a.noconvert(), "size"_a)
         .def("close", &Engine::close, nb::call_guard<nb::gil_scoped_release>());
 }

@@ -7,7 +7,7 @@
 
 namespace flashinfer {
 
-enum class Activation : int { relu, relu2, silu, gelu, gelu_tanh, gelu_quick };
+enum class Activation : int { relu, relu2, silu, gelu, gelu_tanh, gelu_quick, fatrelu, shifted_relu };
 
 // Rows of weights anywhere in memory, unaligned. `ahead` more follow in `at`: they come next, and may be prefetched.
 struct Rows {
@@ -43,8 +43,14 @@ struct Table {
     // acc[t, :] += h[t, r] * row r, one row after the other.
     void (*sums)(Type, Rows, const float* h, long h_stride, int tokens, long cols, float* acc, long acc_stride);
 
-    // values = e^(values - their maximum); returns their sum.
-    float (*softmax)(float* values, long count);
+    // values = cap * tanh(values / cap).
+    void (*soften)(float* values, long count, float cap);
+
+    // values[i] += slope * (first + i).
+    void (*lean)(float* values, long count, float slope, long first);
+
+    // values = e^(values - the largest); returns their sum. A sink, where there is one, counts as a value in both.
+    float (*softmax)(float* values, long count, const float* sink);
 
     // out = values * factor, or / divisor.
     void (*scale)(float* out, const float* values, long count, float factor);
@@ -60,7 +66,7 @@ struct Table {
     // float32 to float16, to nearest, ties to even.
     void (*halve)(std::uint8_t* out, const float* x, long count);
 
-    void (*activate)(Activation, float* values, long count);
+    void (*activate)(Activation, float threshold, float* values, long count);
 };
 
 // The fastest first; `supported` says whether this processor has it.

@@ -22,8 +22,22 @@ float maximum(const float* values, long count) {
     return most;
 }
 
-float softmax(float* values, long count) {
-    Lanes most = broadcast(maximum(values, count)), sum = broadcast(0);
+// tanh(y) = 1 - 2 / (1 + e^2y): off by one rounding of 1, so that a softened value is off by one of its cap.
+void soften(float* values, long count, float cap) {
+    const Lanes one = broadcast(1), two = broadcast(2), limit = broadcast(cap);
+    transform(values, values, count, [=](Lanes v, long) {
+        return mul(limit, sub(one, div(two, add(one, exp(mul(two, div(v, limit)))))));
+    });
+}
+
+void lean(float* values, long count, float slope, long first) {
+    for (long i = 0; i < count; i++) values[i] += slope * float(first + i);
+}
+
+float softmax(float* values, long count, const float* sink) {
+    float largest = maximum(values, count);
+    if (sink && *sink > largest) largest = *sink;
+    Lanes most = broadcast(largest), sum = broadcast(0);
     long i = 0;
     for (; i + LANES <= count; i += LANES) {
         Lanes e = exp(sub(load(values + i), most));
@@ -34,7 +48,10 @@ float softmax(float* values, long count) {
         store_part(values + i, exp(sub(load_part(values + i, int(count - i)), most)), int(count - i));
         sum = add(sum, load_part(values + i, int(count - i)));
     }
-    return reduce(sum);
+    if (!sink) return reduce(sum);
+    float rest[LANES] = {*sink};
+    store(rest, exp(sub(load(rest), most)));
+    return reduce(sum) + rest[0];
 }
 
 void scale(float* out, const float* values, long count, float factor) {
@@ -97,12 +114,17 @@ FLASHINFER_INLINE Lanes gated(Lanes y, Lanes x) {
     return div(y, add(broadcast(1), exp(sub(broadcast(0), x))));
 }
 
-void activate(Activation kind, float* v, long count) {
+void activate(Activation kind, float threshold, float* v, long count) {
     const Lanes zero = broadcast(0);
     switch (kind) {
         case Activation::relu: return transform(v, v, count, [=](Lanes x, long) { return max(zero, x); });
         case Activation::relu2:
             return transform(v, v, count, [=](Lanes x, long) { return mul(max(zero, x), max(zero, x)); });
+        case Activation::fatrelu:
+            for (long i = 0; i < count; i++) v[i] = v[i] <= threshold ? 0.0f : v[i];
+            return;
+        case Activation::shifted_relu:
+            return transform(v, v, count, [=](Lanes x, long) { return max(zero, sub(x, broadcast(threshold))); });
         case Activation::silu: return transform(v, v, count, [](Lanes x, long) { return gated(x, x); });
         case Activation::gelu_quick:
             return transform(v, v, count, [](Lanes x, long) { return gated(x, mul(x, broadcast(1.702f))); });

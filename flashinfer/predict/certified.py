@@ -17,8 +17,8 @@ WIDER = 1.0 + 1e-9
 """Covers the rounding of the bound itself, which is computed in float64."""
 
 
-def may_fire(sketched: Floats, x: Floats, slack: Floats, bias: Floats | None) -> Mask:
-    """Who may have a positive decision product, of the neurons of a layer and one token.
+def may_fire(sketched: Floats, x: Floats, slack: Floats, bias: Floats | None, threshold: float = 0.0) -> Mask:
+    """Who may have a decision product above a threshold, of the neurons of a layer and one token.
 
     sketched: products of the sketch's rows with the token `[neurons]`. x: the token `[hidden]`. slack: `tune.sketch`
     has it: no more than `slack * |x|` lies between a product of the sketch and the one of the true row, however either
@@ -31,19 +31,19 @@ def may_fire(sketched: Floats, x: Floats, slack: Floats, bias: Floats | None) ->
         top = wide + sketched
         if bias is not None:
             top += bias
-        return ~(top <= 0.0) | (wide >= OVERFLOW)
+        return ~(top <= np.float32(threshold)) | (wide >= OVERFLOW)
 
 
 class Certified:
     """A sketch, an 8-bit copy of the decision matrix, bounds the products; the true rows in the bundles decide.
 
-    sketches: role of each layer's sketch, without `.weight`.
+    sketches: role of each layer's sketch, without `.weight`. threshold: a neuron fires above it.
     """
 
     name, exact = "certified", True
 
-    def __init__(self, matrices: Matrices, sketches: Sequence[str]) -> None:
-        self._matrices, self._sketches = matrices, sketches
+    def __init__(self, matrices: Matrices, sketches: Sequence[str], threshold: float = 0.0) -> None:
+        self._matrices, self._sketches, self._threshold = matrices, sketches, threshold
         self._slack: list[Floats] = []
         for role in sketches:
             slack = matrices.vector(f"{role}.slack")
@@ -56,4 +56,5 @@ class Certified:
         product = self._matrices.product(f"{self._sketches[layer]}.weight", x)
         pairs = zip(*(backend.products(y, span.skip, span.count) for y in (product, x)), strict=True)
         slack, bias = self._slack[layer], self._bias[layer]
-        return Guess(np.stack([may_fire(sketched, token, slack, bias) for sketched, token in pairs]))
+        some = (may_fire(sketched, token, slack, bias, self._threshold) for sketched, token in pairs)
+        return Guess(np.stack([*some]))

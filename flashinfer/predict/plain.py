@@ -1,27 +1,29 @@
-"""The predictors that need no calibration: by the sign, everyone, and the oracle."""
+"""The predictors that need no calibration: by the decision product, everyone, and the oracle."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from flashinfer.backend import Buffer
 from flashinfer.predict.base import Floats, Guess, Matrices, Span
 
 
 class Exact:
-    """Activations that vanish on non-positive inputs (ReLU family): the decision product's sign, nothing is guessed.
+    """Activations that vanish up to a threshold (ReLU family, 0 for most): nothing is guessed.
 
-    decisions: role of each layer's decision matrix, without `.weight`.
+    decisions: role of each layer's decision matrix, without `.weight`. threshold: a neuron fires above it.
     """
 
     name, exact = "exact", True
 
-    def __init__(self, matrices: Matrices, decisions: Sequence[str]) -> None:
-        self._matrices, self._decisions = matrices, decisions
+    def __init__(self, matrices: Matrices, decisions: Sequence[str], threshold: float = 0.0) -> None:
+        self._matrices, self._decisions, self._threshold = matrices, decisions, np.float32(threshold)
 
     def guess(self, layer: int, x: Buffer, span: Span) -> Guess:
         gate = self._matrices.linear(self._decisions[layer], x)
-        return Guess(self._matrices.backend.products(gate, span.skip, span.count) > 0, gate)
+        return Guess(self._matrices.backend.products(gate, span.skip, span.count) > self._threshold, gate)
 
 
 class Everything:
@@ -43,14 +45,14 @@ class Everything:
 class Oracle:
     """Looks at the true decision products, which somebody else computes: what no predictor can be better than.
 
-    truth: layer and FFN inputs `[tokens, hidden]` to decision products `[tokens, neurons]`.
+    truth: layer and FFN inputs `[tokens, hidden]` to decision products `[tokens, neurons]`. threshold: as `Exact`.
     """
 
     name, exact = "oracle", True
 
-    def __init__(self, matrices: Matrices, truth: Callable[[int, Floats], Floats]) -> None:
-        self._matrices, self._truth = matrices, truth
+    def __init__(self, matrices: Matrices, truth: Callable[[int, Floats], Floats], threshold: float = 0.0) -> None:
+        self._matrices, self._truth, self._threshold = matrices, truth, np.float32(threshold)
 
     def guess(self, layer: int, x: Buffer, span: Span) -> Guess:
         tokens = self._matrices.backend.fetch(x)[span.skip : span.skip + span.count]
-        return Guess(self._truth(layer, tokens) > 0)
+        return Guess(self._truth(layer, tokens) > self._threshold)

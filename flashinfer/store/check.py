@@ -76,9 +76,27 @@ def check_facts(f: Facts, need: Need) -> None:
     for name in ("embed_scale", "residual_scale", "logit_scale", "attention_scale"):
         scale = getattr(f, name)
         need(scale is None or 0 < abs(scale) < math.inf, f"fact {name} is {scale}, a number but 0 was expected")
-    need(f.window is None or f.context_length <= f.window, f"a context of {f.context_length}, a window of {f.window}")
-    if f.rope is not None:
-        _check_rope(f, f.rope, need)
+    for name in ("attention_softcap", "logit_softcap"):
+        cap = getattr(f, name)
+        need(cap is None or 0 < cap < math.inf, f"fact {name} is {cap}, a positive number was expected")
+    need(0 <= f.alibi < math.inf and not (f.alibi and f.rope), f"alibi {f.alibi}, or with rotary positions")
+    need(f.alibi > 0 or not f.alibi_scaled, "alibi_scaled without alibi")
+    thresholds = 0 <= f.threshold < math.inf if f.activation in ("fatrelu", "shifted_relu") else f.threshold == 0
+    need(thresholds, f"a threshold of {f.threshold} for {f.activation}")
+    need(f.gated or not f.rectifies_up, f"{f.activation} in a plain feed-forward layer")
+    _check_windows(f, need)
+    for rope in (f.rope, f.local_rope):
+        if rope is not None:
+            _check_rope(f, rope, need)
+
+
+def _check_windows(f: Facts, need: Need) -> None:
+    need(f.window is None or f.window > 0, f"fact window is {f.window}, a positive number was expected")
+    need(f.window is not None or not f.global_layers, "global layers without a window")
+    need(all(0 <= i < f.num_layers for i in f.global_layers), "a global layer that is not there")
+    need(
+        f.local_rope is None or (f.window is not None and f.rope is not None), "local rope without a window and a rope"
+    )
 
 
 def _check_rope(f: Facts, rope: Rope, need: Need) -> None:

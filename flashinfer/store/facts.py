@@ -6,10 +6,15 @@ from typing import Any, Literal
 
 import msgspec
 
-Activation = Literal["relu", "relu2", "silu", "gelu", "gelu_tanh", "gelu_quick"]
+Activation = Literal[
+    "relu", "relu2", "silu", "gelu", "gelu_tanh", "gelu_quick", "fatrelu", "shifted_relu", "drelu"
+]  # fmt: skip
+"""Of the decision product x, with `Facts.threshold` t: `fatrelu` is x where x > t, else 0 (ProSparse, arXiv 2402.13516,
+section 3.3); `shifted_relu` is relu(x - t) (arXiv 2310.04564, section 5.3); `drelu` is relu of gate and of up
+(TurboSparse, arXiv 2406.05955, section 3.2); `gelu_tanh` and `gelu_quick` are what transformers calls them, too."""
 
-SPARSE_ACTIVATIONS: frozenset[str] = frozenset({"relu", "relu2"})
-"""Activations that are exactly zero for every non-positive input."""
+SPARSE_ACTIVATIONS: frozenset[str] = frozenset({"relu", "relu2", "fatrelu", "shifted_relu", "drelu"})
+"""Activations that are exactly zero where the decision product does not exceed the threshold."""
 
 
 class Rope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -39,8 +44,9 @@ class Rope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Shape and arithmetic of a decoder. Sizes are counts of values.
 
-    `norm_position`: the input of a block is normed (`pre`), its sum with the residual (`post`), or what it adds to the
-    residual (`output`). `parallel`: attention and FFN both take the layer's input, and both are added to it.
+    `norm_position`: the input of a block is normed (`pre`), its sum with the residual (`post`), what it adds to the
+    residual (`output`), or input and addition, each with weights of its own (`both`).
+    `parallel`: attention and FFN both take the layer's input, and both are added to it.
     `qk_norm`: queries and keys are normed over each head, with the same weights for all heads (`head`) or weights for
     each (`heads`), or over their whole width (`width`).
     `position_offset` is added to a position before it indexes the learned table (OPT: 2).
@@ -49,7 +55,14 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `embed_size` differs from `hidden_size` where the family projects in and out (OPT-350m).
     `embed_scale` multiplies embeddings, `residual_scale` what a block adds, `logit_scale` logits, `attention_scale` the
     products of queries and keys (None: `head_dim ** -0.5`).
-    `window`: how many positions attention looks back in this model; `context_length` is no more, so that it sees all.
+    `window`: so many positions a query sees, its own the last of them; in layers `global_layers` it sees all.
+    `local_rope`: turns queries and keys of the layers that have a window, where that differs from `rope`.
+    `attention_softcap`, `logit_softcap`: a score, a logit s becomes `cap * tanh(s / cap)`.
+    `alibi`: the largest exponent of ALiBi's slopes (8 in the paper; 0: it has none); `alibi_scaled`: biases are added
+    to products before those are scaled (Falcon).
+    `sinks`: each head has a score that counts in the softmax and no value.
+    `embed_norm`: what comes into the first layer is normed (BLOOM).
+    `threshold`: of a sparse activation: a neuron fires where its decision product exceeds it.
     """
 
     family: str
@@ -64,7 +77,7 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     context_length: int
     norm: Literal["rms", "layer"]
     norm_eps: float
-    norm_position: Literal["pre", "post", "output"]
+    norm_position: Literal["pre", "post", "output", "both"]
     activation: Activation
     gated: bool
     tied_head: bool
@@ -79,11 +92,44 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     logit_scale: float = 1.0
     attention_scale: float | None = None
     window: int | None = None
+    global_layers: tuple[int, ...] = ()
+    local_rope: Rope | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    threshold: float = 0.0
+    alibi: float = 0.0
+    alibi_scaled: bool = False
+    embed_norm: bool = False
+    sinks: bool = False
+
+    def window_of(self, layer: int) -> int | None:
+        """How many positions attention sees in a layer; None: all."""
+        return None if layer in self.global_layers else self.window
+
+    def rope_of(self, layer: int) -> Rope | None:
+        """What turns queries and keys in a layer; None: nothing."""
+        rope = self.rope if self.local_rope is None or self.window_of(layer) is None else self.local_rope
+        return None if rope is None or layer in rope.skipped else rope
+
+    @property
+    def learned_positions(self) -> bool:
+        """Whether positions come from a table of weights."""
+        return self.rope is None and self.alibi == 0
+
+    @property
+    def norms_inputs(self) -> bool:
+        """Whether the inputs of attention and of the FFN are normed."""
+        return self.norm_position in ("pre", "both")
 
     @property
     def sparse(self) -> bool:
         """Whether the activation leaves neurons at exactly zero, so that they need not be read."""
         return self.activation in SPARSE_ACTIVATIONS
+
+    @property
+    def rectifies_up(self) -> bool:
+        """Whether products with `up` count only where they are positive."""
+        return self.activation == "drelu"
 
     @property
     def decision(self) -> Literal["gate", "up"]:
@@ -93,6 +139,8 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 LATER_FACTS: frozenset[str] = frozenset({
     "parallel", "qk_norm", "embed_scale", "residual_scale", "logit_scale", "attention_scale", "window",
+    "global_layers", "local_rope", "attention_softcap", "logit_softcap", "threshold",
+    "alibi", "alibi_scaled", "embed_norm", "sinks",
     "attention_factor", "beta_fast", "beta_slow", "truncate", "short_factor", "long_factor", "skipped",
 })  # fmt: skip
 """Facts that came after the first stores: written only where they differ from their defaults."""

@@ -124,10 +124,12 @@ def role_shapes(facts: Facts) -> dict[str, Shape]:
     """
     hidden, embed = facts.hidden_size, facts.embed_size
     shapes: dict[str, Shape] = {"embed.weight": (facts.vocab_size, embed)}
-    if facts.rope is None:
+    if facts.learned_positions:
         shapes["embed.positions"] = (facts.context_length + facts.position_offset, hidden)
     if embed != hidden:
         shapes["project_in.weight"] = (hidden, embed)
+    if facts.embed_norm:
+        shapes |= {"embed.norm.weight": (hidden,), "embed.norm.bias": (hidden,)}
     for i in range(facts.num_layers):
         shapes |= {f"layers.{i}.{role}": shape for role, shape in _layer_shapes(facts).items()}
     shapes |= {"final_norm.weight": (hidden,), "final_norm.bias": (hidden,)}
@@ -145,11 +147,21 @@ def _layer_shapes(facts: Facts) -> dict[str, Shape]:
     for name, out, into in (("q", heads, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, heads)):
         if name == "o":
             shapes |= _qk_norm_shapes(facts)
+            shapes |= {"attn.sinks": (facts.num_heads,)} if facts.sinks else {}
         shapes |= {f"attn.{name}.weight": (out, into), f"attn.{name}.bias": (out,)}
+    shapes |= _output_norm_shapes(facts, "attn")
     shapes |= {"ffn.norm.weight": (hidden,), "ffn.norm.bias": (hidden,)}
     for name in ("gate", "up") if facts.gated else ("up",):
         shapes |= {f"ffn.{name}.weight": (neurons, hidden), f"ffn.{name}.bias": (neurons,)}
-    return shapes | {"ffn.down.weight": (hidden, neurons), "ffn.down.bias": (hidden,)}
+    shapes |= {"ffn.down.weight": (hidden, neurons), "ffn.down.bias": (hidden,)}
+    return shapes | _output_norm_shapes(facts, "ffn")
+
+
+def _output_norm_shapes(facts: Facts, block: str) -> dict[str, Shape]:
+    """The norm of what a block adds, where its input has one, too."""
+    if facts.norm_position != "both":
+        return {}
+    return {f"{block}.output_norm.{kind}": (facts.hidden_size,) for kind in ("weight", "bias")}
 
 
 def _qk_norm_shapes(facts: Facts) -> dict[str, Shape]:

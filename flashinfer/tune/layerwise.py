@@ -89,7 +89,8 @@ def _bundle_of(weights: Mapping[str, BundlePart], facts: Facts) -> Bundle:
         if part in weights and not part.startswith(f"{facts.decision}."):
             places[part] = Part(4 * at, weights[part].elements, "f32")
             at += weights[part].elements
-    return Bundle(4 * at, places["down.weight"], places.get("up.weight"), places.get("up.bias"))
+    up, bias = places.get("up.weight"), places.get("up.bias")
+    return Bundle(4 * at, places["down.weight"], up, bias, rectified=facts.rectifies_up)
 
 
 def values_of(source: Source, role: str) -> F32:
@@ -170,16 +171,20 @@ class _Listening:
         if self._layer.bundle.up is not None:
             up = x @ self._layer.matrix("ffn.up.weight").T
             bias = self._layer.get("ffn.up.bias")
-            out *= up if bias is None else up + bias.reshape(-1)
+            up = up if bias is None else up + bias.reshape(-1)
+            out *= np.maximum(up, 0) if self._layer.bundle.rectified else up
         return out
 
     def _host(self, x: Buffer) -> F32:
         return self._backend.fetch(x)[: self.tokens]
 
 
-def one_layer(facts: Facts) -> Facts:
-    """Facts of a model of one layer that is given hidden states."""
-    return msgspec.structs.replace(facts, num_layers=1, embed_size=facts.hidden_size)
+def one_layer(facts: Facts, layer: int) -> Facts:
+    """Facts of a model of that layer alone, which is given hidden states."""
+    return msgspec.structs.replace(
+        facts, num_layers=1, embed_size=facts.hidden_size, embed_scale=1.0, rope=facts.rope_of(layer), local_rope=None,
+        window=facts.window_of(layer), global_layers=(),
+    )  # fmt: skip
 
 
 def run_layer(
@@ -204,7 +209,7 @@ def run_layer(
     if hear is not None:
         ear = _Listening(weights, layer, hear)
         weights.backend = cast("Backend", ear)
-    decoder = Decoder(one_layer(facts), weights, max(windows), window=0)
+    decoder = Decoder(one_layer(facts, layer.number), weights, max(windows), window=0)
     kv = decoder.new_kv(max(windows), "f32")
     first = 0
     for count in windows:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
-from flashinfer.backend import Backend, Bundle, Part
-from flashinfer.config import KV_CODECS, TILE_NEURONS, KvType
+from flashinfer.backend import Backend, Bundle, Part, Scoring
+from flashinfer.config import KV_CODECS, TILE_KEYS, TILE_NEURONS, KvType
 from flashinfer.quant import Codec, codec_named
+from flashinfer.store.facts import Activation
 from tests.backend.reference import activated, attended, encoded, normed, unaligned
 
 TOKENS = [1, 16, 48]
@@ -119,6 +121,20 @@ def places_in_tiles(needed: Any, neurons: int) -> Any:
 def same(a: Any, b: Any) -> bool:
     """Bit for bit."""
     return bool(np.array_equal(np.ascontiguousarray(a).view(np.int32), np.ascontiguousarray(b).view(np.int32)))
+
+
+def _slopes(heads: int) -> Any:
+    return (0.3 / np.arange(1, heads + 1)).astype(np.float32)
+
+
+SCORINGS: dict[str, Callable[[int], Scoring]] = {
+    "window": lambda heads: Scoring(window=37),
+    "narrow": lambda heads: Scoring(window=3),
+    "cap": lambda heads: Scoring(softcap=1.5),
+    "slopes": lambda heads: Scoring(slopes=_slopes(heads)),
+    "sinks": lambda heads: Scoring(sinks=normal(9, heads) * 3),
+    "all": lambda heads: Scoring(1.5, _slopes(heads), 70, normal(9, heads) * 3),
+}
 
 
 def rounded(values: Any, kv_type: KvType, dim: int) -> Any:
@@ -252,16 +268,55 @@ class BackendConformance:
         assert near(backend.fetch(backend.attend(backend.place(q), kv, 0, heads)), expected)
         assert near(backend.fetch(backend.attend(backend.place(q[131:132]), kv, 131, heads)), expected[131:132])
 
-    def test_attention_does_not_depend_on_the_chunks(self, backend: Backend) -> None:
+    @pytest.mark.parametrize("scoring", SCORINGS)
+    @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (3, 3)])
+    def test_scoring(self, backend: Backend, scoring: str, heads: int, kv_heads: int) -> None:
+        tokens, dim = 208, 20
+        q, k, v = (
+            normal(1, tokens, heads * dim) * 3,
+            normal(2, tokens, kv_heads * dim),
+            normal(3, tokens, kv_heads * dim),
+        )
+        kv = backend.new_kv(kv_heads, dim, tokens, "f32")
+        backend.append_kv(kv, 0, backend.place(k), backend.place(v), 0, tokens)
+        some = SCORINGS[scoring](heads)
+        expected = attended(q, k, v, 0, heads, some)
+        assert near(backend.fetch(backend.attend(backend.place(q), kv, 0, heads, some)), expected)
+        for t in (0, 5, 64, 131, 207):
+            one = backend.attend(backend.place(q[t : t + 1]), kv, t, heads, some)
+            assert near(backend.fetch(one), expected[t : t + 1])
+        assert not near(attended(q, k, v, 0, heads), expected)
+
+    @pytest.mark.parametrize("window", [1, 9, 128, 200])
+    def test_what_lies_beyond_the_window_is_not_looked_at(self, backend: Backend, window: int) -> None:
+        heads, dim, tokens, at = 2, 8, 432, 384
+        q, k, v = (normal(i, tokens, heads * dim) for i in range(3))
+        seen = (at - window + 1) // TILE_KEYS * TILE_KEYS  # torch masks keys within a tile
+        results = []
+        for spoilt in (0.0, np.nan):
+            keys, values = k.copy(), v.copy()
+            keys[:seen] += spoilt
+            values[:seen] += spoilt
+            kv = backend.new_kv(heads, dim, tokens, "f32")
+            backend.append_kv(kv, 0, backend.place(keys), backend.place(values), 0, tokens)
+            for rows in (slice(at, at + 32), slice(at, at + 1)):
+                found = backend.attend(backend.place(q[rows]), kv, at, heads, Scoring(window=window))
+                results.append(backend.fetch(found))
+        assert same(results[0], results[2])
+        assert same(results[1], results[3])
+
+    @pytest.mark.parametrize("scoring", SCORINGS)
+    def test_attention_does_not_depend_on_the_chunks(self, backend: Backend, scoring: str) -> None:
         """Tokens of a chunk give the same bits with longer chunks, and with later keys already there."""
         heads, dim, tokens = 4, 24, 144
         q, k, v = (normal(i, tokens, heads * dim) for i in range(3))
+        some = SCORINGS[scoring](heads)
         kv = backend.new_kv(heads, dim, tokens, "f32")
         pieces = []
         for first, last in [(0, 16), (16, 112), (112, 144)]:
             backend.append_kv(kv, first, *(backend.place(a[first:last]) for a in (k, v)), 0, last - first)
-            pieces.append(backend.fetch(backend.attend(backend.place(q[first:last]), kv, first, heads)))
-        whole = backend.fetch(backend.attend(backend.place(q), kv, 0, heads))
+            pieces.append(backend.fetch(backend.attend(backend.place(q[first:last]), kv, first, heads, some)))
+        whole = backend.fetch(backend.attend(backend.place(q), kv, 0, heads, some))
         assert np.array_equal(np.concatenate(pieces), whole)
 
     def test_padding_rows_may_lie_beyond_the_capacity(self, backend: Backend) -> None:
@@ -320,15 +375,15 @@ class BackendConformance:
             backend.decide(gate, x, index, layer.memory, layer.offsets(index), layer.bundle)
         assert same(backend.fetch(gate), before)
 
-    @pytest.mark.parametrize("kind", ["relu", "relu2", "silu", "gelu", "gelu_tanh", "gelu_quick"])
+    @pytest.mark.parametrize("kind", get_args(Activation))
     @pytest.mark.parametrize("tokens", [1, 16])
     def test_fire(self, backend: Backend, kind: Any, tokens: int) -> None:
         gate = normal(1, tokens, 150) * 8
         gate[:, :12] = [0, -0.0, 1e-30, -1e-30, 30, -30, 88.8, -87.5, 100, -100, 1000, -1000]
         index = np.random.default_rng(2).permutation(192).reshape(3, TILE_NEURONS) - 42
-        found = backend.fetch(backend.fire(backend.place(gate), kind, index))
+        found = backend.fetch(backend.fire(backend.place(gate), kind, index, 0.75))
         assert found.shape == (3, tokens, TILE_NEURONS)
-        expected = np.where(index < 0, 0, activated(gate, kind)[:, np.maximum(index, 0)]).swapaxes(0, 1)
+        expected = np.where(index < 0, 0, activated(gate, kind, 0.75)[:, np.maximum(index, 0)]).swapaxes(0, 1)
         assert np.allclose(found, expected, rtol=3e-6, atol=2e-6)
 
     @pytest.mark.parametrize("codec", CODECS)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flashinfer.backend.base import PLAIN, Scoring
 from flashinfer.quant import Codec, codec_named
 
 Array = npt.NDArray[Any]
@@ -38,13 +39,17 @@ def unaligned(raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return memory[at : at + raw.size]
 
 
-def activated(x: Array, kind: str) -> Array:
+def activated(x: Array, kind: str, threshold: float = 0.0) -> Array:
     x = x.astype(np.float64)
     erf = np.vectorize(math.erf, otypes=[np.float64])
     with np.errstate(over="ignore"):
         match kind:
-            case "relu":
+            case "relu" | "drelu":
                 return np.maximum(x, 0)
+            case "fatrelu":
+                return np.where(x > threshold, x, 0)
+            case "shifted_relu":
+                return np.maximum(x - threshold, 0)
             case "relu2":
                 return np.maximum(x, 0) ** 2
             case "silu":
@@ -66,7 +71,7 @@ def normed(x: Array, weight: Array | None, bias: Array | None, kind: str, eps: f
     return y if bias is None else y + bias
 
 
-def attended(q: Array, k: Array, v: Array, first: int, heads: int) -> Array:
+def attended(q: Array, k: Array, v: Array, first: int, heads: int, scoring: Scoring = PLAIN) -> Array:
     """q `[tokens, heads * dim]` at positions first, ...; k, v `[positions, kv heads * dim]`."""
     tokens = len(q)
     dim = q.shape[1] // heads
@@ -75,8 +80,14 @@ def attended(q: Array, k: Array, v: Array, first: int, heads: int) -> Array:
     out = np.zeros((tokens, heads, dim))
     for t in range(tokens):
         for h in range(heads):
-            seen = slice(0, first + t + 1)
+            at = first + t
+            seen = np.arange(0 if scoring.window is None else max(0, at - scoring.window + 1), at + 1)
             scores = ks[seen, h * kv_heads // heads] @ qs[t, h] / math.sqrt(dim)
-            weights = np.exp(scores - scores.max())
-            out[t, h] = weights @ vs[seen, h * kv_heads // heads] / weights.sum()
+            if scoring.softcap is not None:
+                scores = scoring.softcap * np.tanh(scores / scoring.softcap)
+            if scoring.slopes is not None:
+                scores = scores - float(scoring.slopes[h]) * (at - seen)
+            weights = np.exp(scores)
+            total = weights.sum() + (0 if scoring.sinks is None else math.exp(scoring.sinks[h]))
+            out[t, h] = weights @ vs[seen, h * kv_heads // heads] / total
     return out.reshape(tokens, heads * dim)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashinfer.backend import Backend, Bundle, Part
+from flashinfer.backend import Backend, Bundle, Part, Scoring
 from flashinfer.backend.footprint import native_prepared
 from flashinfer.quant import Codec, LlmInt8, codec_named
 from flashinfer.quant.nf4 import TABLE
+from flashinfer.store.facts import Activation
 from tests.backend.backend_conformance import (
     CODECS,
     BackendConformance,
@@ -196,17 +197,25 @@ def test_a_decision_bias_is_added_as_add_does(backends) -> None:
     first=st.integers(0, 90),
     tokens=st.integers(1, 40),
     seed=st.integers(0, 99),
+    window=st.none() | st.integers(1, 50),
+    softcap=st.none() | st.floats(0.125, 50, width=32),
+    given_slopes=st.booleans(),
+    given_sinks=st.booleans(),
 )
-def test_attention_is_the_same_bits_token_by_token(backends, dtype, kv_heads, group, dim, first, tokens, seed) -> None:
+def test_attention_is_the_same_bits_token_by_token(
+    backends, dtype, kv_heads, group, dim, first, tokens, seed, window, softcap, given_slopes, given_sinks
+) -> None:
     heads, end, results = kv_heads * group, first + tokens, []
+    slopes, sinks = (normal(seed, heads) if given else None for given in (given_slopes, given_sinks))
+    scoring = Scoring(softcap, slopes, window, sinks)
     k, v = normal(seed, end, kv_heads * dim), normal(seed + 1, end, kv_heads * dim)
     q = normal(seed + 2, tokens, heads * dim)
     for backend in backends:
         kv = backend.new_kv(kv_heads, dim, end, dtype)
         backend.append_kv(kv, 0, k, v, 0, end)
-        together = backend.attend(q, kv, first, heads)
+        together = backend.attend(q, kv, first, heads, scoring)
         for t in {0, tokens // 2, tokens - 1}:
-            assert same(backend.attend(q[t : t + 1], kv, first + t, heads), together[t : t + 1])
+            assert same(backend.attend(q[t : t + 1], kv, first + t, heads, scoring), together[t : t + 1])
         results.append(together)
     assert all(same(r, results[0]) for r in results[1:])
 
@@ -219,11 +228,11 @@ def test_instruction_sets_agree_on_everything(backends, codec: str | Codec) -> N
             assert all(same(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["relu", "relu2", "silu", "gelu", "gelu_tanh", "gelu_quick"])
+@pytest.mark.parametrize("kind", get_args(Activation))
 def test_instruction_sets_agree_on_activations(backends, kind: Any) -> None:
     values = np.random.default_rng(1).integers(0, 2**32, 64 * 500, dtype=np.uint64).astype(np.uint32).view(np.float32)
     gate, index = np.nan_to_num(values, nan=1.0)[None], np.arange(values.size).reshape(-1, 64)
-    results = [backend.fire(gate, kind, index) for backend in backends]
+    results = [backend.fire(gate, kind, index, 0.25) for backend in backends]
     assert all(same(np.nan_to_num(r), np.nan_to_num(results[0])) for r in results[1:])
 
 

@@ -196,16 +196,49 @@ class TestRope:
 WINDOWED = {**LLAMA, "architectures": ["MistralForCausalLM"]}
 SMOLLM3 = {**LLAMA, "architectures": ["SmolLM3ForCausalLM"]}
 QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "sliding_window": 8}
+QWEN2_SHAPES = llama_shapes() | {
+    f"model.layers.{i}.self_attn.{name}_proj.bias": (rows,)
+    for i in range(2)
+    for name, rows in (("q", 16), ("k", 8), ("v", 8))
+}
 
 
 class TestWindow:
-    def test_limits_the_context(self):
-        found = match({**WINDOWED, "sliding_window": 8}, llama_shapes()).facts
-        assert (found.context_length, found.window) == (8, 8)
+    @pytest.mark.parametrize("said", [{"sliding_window": 8}, {"sliding_window": None}, {}])
+    def test_of_all_layers(self, said):
+        """A null says that there is none; where nothing is said, transformers has 4096."""
+        found = match({**WINDOWED, **said}, llama_shapes()).facts
+        assert (found.context_length, found.window) == (32, said.get("sliding_window", 4096))
+        assert found.global_layers == ()
 
-    def test_what_cannot_be(self):
-        with pytest.raises(LayoutError, match=r"Expected `int \| null`.*window"):
-            match({**WINDOWED, "sliding_window": "8"}, llama_shapes())
+    @pytest.mark.parametrize(
+        ("said", "window", "seeing_all"),
+        [
+            ({"use_sliding_window": False, "max_window_layers": 0}, None, ()),
+            ({"use_sliding_window": True, "max_window_layers": 1}, 8, (0,)),
+            ({"use_sliding_window": True}, None, ()),
+            ({"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]}, 8, (1,)),
+            ({"use_sliding_window": True, "layer_types": ["full_attention"] * 2}, None, ()),
+        ],
+    )
+    def test_of_some_layers(self, said, window, seeing_all):
+        found = match({**QWEN2, **said}, QWEN2_SHAPES).facts
+        assert (found.window, found.global_layers) == (window, seeing_all)
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            ({**WINDOWED, "sliding_window": "8"}, r"Expected `int \| null`.*window"),
+            ({**WINDOWED, "sliding_window": 0}, "window is 0, a positive number"),
+            ({**QWEN2, "use_sliding_window": True, "layer_types": ["full_attention"]}, "is not a list of"),
+            ({**QWEN2, "use_sliding_window": True, "layer_types": ["chunked", "chunked"]}, "is not a list of"),
+            ({**QWEN2, "use_sliding_window": True, "max_window_layers": -1}, "max_window_layers is -1"),
+            ({**QWEN2, "use_sliding_window": True, "num_hidden_layers": 10**15}, r"10{15} layers"),
+        ],
+    )
+    def test_what_cannot_be(self, config, message):
+        with pytest.raises(LayoutError, match=message):
+            match(config, llama_shapes())
 
     def test_more_heads_than_tensors(self):
         config = {**LLAMA, "architectures": ["StableLmForCausalLM"], "qk_layernorm": True, "hidden_size": 8 * 10**12,
@@ -213,14 +246,26 @@ class TestWindow:
         with pytest.raises(LayoutError, match=r"num_heads is 10{12} for \d+ tensors"):
             match(config, llama_shapes())
 
-    @pytest.mark.parametrize("window", [None, 10**6])
-    def test_a_wide_one_does_not(self, window):
-        found = match({**WINDOWED, "sliding_window": window}, llama_shapes()).facts
-        assert (found.context_length, found.window) == (LLAMA["max_position_embeddings"], window)
 
-    def test_is_refused_where_only_some_layers_have_it(self):
-        with pytest.raises(LayoutError, match="use_sliding_window = True"):
-            match({**QWEN2, "use_sliding_window": True}, llama_shapes())
+class TestComputed:
+    @pytest.mark.parametrize(
+        ("dtype", "scale"), [(None, 12**0.5), ("float32", 12**0.5), ("bfloat16", 3.46875), ("float16", 3.46484375)]
+    )
+    def test_rounded_to_the_type_of_the_weights(self, dtype, scale):
+        shapes = {k: tuple(12 if n == 16 else n for n in v) for k, v in llama_shapes().items()}
+        config = {**LLAMA, "architectures": ["GemmaForCausalLM"], "hidden_size": 12, "head_dim": 4,
+                  "tie_word_embeddings": False, "torch_dtype": dtype}  # fmt: skip
+        for name in ("q", "k", "v", "o"):
+            for i in range(2):
+                rows = 16 if name in "qo" else 8
+                shapes[f"model.layers.{i}.self_attn.{name}_proj.weight"] = (12, 16) if name == "o" else (rows, 12)
+        assert match(config, shapes).facts.embed_scale == pytest.approx(scale, rel=1e-7)
+
+    @pytest.mark.parametrize("scaling", [0, -8, "8"])
+    def test_from_what_cannot_be(self, scaling):
+        config = {**LLAMA, "architectures": ["GraniteForCausalLM"], "logits_scaling": scaling}
+        with pytest.raises(LayoutError, match=r"logit_scale is computed from .*, a positive number"):
+            match(config, llama_shapes())
 
 
 class TestRotatedLayers:
@@ -246,7 +291,7 @@ class TestUnsupportedFacts:
     @pytest.mark.parametrize(
         ("key", "value", "message"),
         [
-            ("hidden_act", "fatrelu", "hidden_act = 'fatrelu'; layout llama supports relu"),
+            ("hidden_act", "tanh", "hidden_act = 'tanh'; layout llama supports relu"),
             ("sliding_window", 4096, "sliding_window = 4096"),
             ("quantization_config", {"bits": 4}, "quantization_config"),
             ("partial_rotary_factor", 0.5, "partial_rotary_factor = 0.5"),
@@ -298,7 +343,7 @@ class TestMatching:
     def test_extra_tensor(self):
         shapes = {**llama_shapes(), "model.layers.0.self_attn.q_norm.weight": (4,)}
         with pytest.raises(
-            LayoutError, match=r"no place for tensor .*q_norm\.weight; nearest layout: qwen3 \(matches 100"
+            LayoutError, match=r"no place for tensor .*q_norm\.weight; nearest layout: gemma3 \(matches 100"
         ):
             match(LLAMA, shapes)
 
@@ -371,7 +416,10 @@ class TestSchema:
             (lambda t: t["tensors"]["head.weight"].update(groups="num_heads"), "groups and no rows"),
             (lambda t: t["tensors"]["head.weight"].update(rows=["0", "wings"]), "names a fact that is not there"),
             (lambda t: t["tensors"]["head.weight"].update(rows=["0"]), "length 2"),
-            (lambda t: t["tensors"]["embed.weight"].update(otherwise="embed.weight"), "otherwise and no when"),
+            (
+                lambda t: t["tensors"]["embed.weight"].update(otherwise=[{"name": "embed.weight"}]),
+                "otherwise and no when",
+            ),
             (lambda t: t["tensors"]["final_norm.weight"].update(transposed=True), "cannot be transposed"),
             (lambda t: (t["tensors"]["head.weight"].update(interleaved=True), t.pop("rope")), "without"),
             (lambda t: t["tensors"]["head.weight"].update(dtype="f16"), "unknown field `dtype`"),

@@ -15,7 +15,8 @@ from flashinfer import pack
 from flashinfer.config import Cap
 from flashinfer.engine import Model
 from flashinfer.errors import CapTooSmallError
-from tests.families import CASES, CONTEXT, make
+from flashinfer.model.scoring import scoring_of
+from tests.families import CASES, CONTEXT, FAT, make, reference
 
 PROMPT = [int(t) for t in np.random.default_rng(7).integers(3, 89, 40)]
 GREEDY = 32
@@ -35,15 +36,13 @@ def made(tmp_path_factory: pytest.TempPathFactory):
 
 
 @cache
-def reference(checkpoint: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+def oracle(case: str, checkpoint: Path) -> Any:
+    return reference(case, checkpoint)
 
 
-def expected_logits(checkpoint: Path, tokens: list[int]) -> np.ndarray:
+def expected_logits(case: str, checkpoint: Path, tokens: list[int]) -> np.ndarray:
     with torch.no_grad():
-        return reference(checkpoint)(torch.tensor([tokens])).logits[0].numpy()
+        return oracle(case, checkpoint)(torch.tensor([tokens])).logits[0].numpy()
 
 
 @cache
@@ -59,20 +58,36 @@ def test_agrees_with_transformers(made, case: str, share: str) -> None:
     checkpoint, store = made(case)
     cap = Cap(weight_memory=floor_of(store)) if share == "floor" else Cap()
     with Model.open(store, cap) as model:
-        assert np.abs(model.logits(model.session(), PROMPT) - expected_logits(checkpoint, PROMPT)).max() <= 1e-4
+        assert np.abs(model.logits(model.session(), PROMPT) - expected_logits(case, checkpoint, PROMPT)).max() <= 1e-4
         session, tokens = model.session(), list(PROMPT)
         logits = [model.step(session, tokens)]
         for _ in range(GREEDY):
             tokens.append(int(np.argmax(logits[-1])))
             logits.append(model.step(session, [tokens[-1]]))
     # one pass over the whole text says what its every step gives, and so which token is greedy there
-    expected = expected_logits(checkpoint, tokens)[len(PROMPT) - 1 :]
+    expected = expected_logits(case, checkpoint, tokens)[len(PROMPT) - 1 :]
     assert tokens[len(PROMPT) :] == [int(t) for t in expected[:-1].argmax(-1)]
     assert np.abs(np.stack(logits) - expected).max() <= 1e-4
 
 
 FACTS = {
-    "mistral-window": {"window": 80},
+    "mistral-window": {"window": 24, "global_layers": ()},
+    "qwen2-window": {"window": 24, "global_layers": (0,)},
+    "gemma2": {
+        "window": 24,
+        "global_layers": (1,),
+        "attention_softcap": 0.8,
+        "logit_softcap": 3.0,
+        "norm_position": "both",
+        "embed_scale": float(np.float32(40**0.5)),
+        "attention_scale": 7**-0.5,
+    },
+    "gemma3": {"window": 24, "global_layers": (1,), "qk_norm": "head", "norm_position": "both"},
+    "falcon-7b": {"num_kv_heads": 1, "parallel": True, "sparse": True},
+    "falcon-40b": {"num_kv_heads": 2, "parallel": True, "alibi": 0.0},
+    "falcon-rw": {"num_kv_heads": 4, "parallel": False, "alibi": 8.0, "alibi_scaled": True, "rope": None},
+    "minicpm": {"embed_scale": 12.0, "residual_scale": 1.4 * 3**-0.5, "logit_scale": 16 / 40, "threshold": FAT},
+    "bamboo": {"activation": "drelu", "window": 24, "sparse": True},
     "qwen3": {"qk_norm": "head"},
     "olmo2": {"qk_norm": "width", "norm_position": "output"},
     "granite": {"embed_scale": 12.0, "residual_scale": 0.22, "attention_scale": 0.15, "logit_scale": 1 / 7},
@@ -87,7 +102,7 @@ FACTS = {
 def test_facts(made, case: str) -> None:
     with Model.open(made(case)[1]) as model:
         assert {name: getattr(model.facts, name) for name in FACTS[case]} == FACTS[case]
-        assert model.facts.context_length == (model.facts.window or CONTEXT)
+        assert model.facts.context_length == CONTEXT
 
 
 WRONG: dict[str, dict[str, Any]] = {
@@ -96,6 +111,16 @@ WRONG: dict[str, dict[str, Any]] = {
     "granite": {"attention_scale": None},
     "gpt_neox": {"parallel": False},
     "cohere-qk-norm": {"qk_norm": "none"},
+    "mistral-window": {"window": None},
+    "qwen2-window": {"global_layers": ()},
+    "gemma": {"embed_scale": 1.0},
+    "gemma2": {"attention_softcap": None},
+    "gemma3": {"local_rope": None},
+    "mpt": {"alibi": 4.0},
+    "bloom": {"embed_norm": False},
+    "falcon-rw": {"alibi_scaled": False},
+    "llama-fatrelu": {"threshold": 0.0},
+    "bamboo": {"window": None},
 }
 
 
@@ -106,7 +131,8 @@ def test_a_wrong_fact_shows(made, case: str) -> None:
     with Model.open(store) as model:
         facts = msgspec.structs.replace(model.facts, **WRONG[case])
         model._decoder.facts = model._decoder._heads._facts = facts
-        assert np.abs(model.logits(model.session(), PROMPT) - expected_logits(checkpoint, PROMPT)).max() > 1e-3
+        model._decoder._scoring = [scoring_of(facts, i) for i in range(facts.num_layers)]
+        assert np.abs(model.logits(model.session(), PROMPT) - expected_logits(case, checkpoint, PROMPT)).max() > 1e-3
 
 
 def test_layers_without_rotary_positions(made) -> None:
@@ -117,7 +143,7 @@ def test_layers_without_rotary_positions(made) -> None:
 
 def test_longrope_keeps_short_factors_in_a_short_context(made) -> None:
     """transformers chooses by the length of each call, a run here by its context, once."""
-    checkpoint, store = made("phi3-longrope")
+    checkpoint, store = made(case := "phi3-longrope")
     with Model.open(store, context=32) as model:
         logits = model.logits(model.session(), PROMPT[:32])
-    assert np.abs(logits - expected_logits(checkpoint, PROMPT[:32])).max() <= 1e-4
+    assert np.abs(logits - expected_logits(case, checkpoint, PROMPT[:32])).max() <= 1e-4

@@ -22,7 +22,9 @@ FACTS = Facts(
 )  # fmt: skip
 CHANGES: dict[str, Any] = {
     "parallel": True, "qk_norm": "heads", "embed_scale": 12.0, "residual_scale": 0.22, "logit_scale": 0.5,
-    "attention_scale": 0.1, "window": 64,
+    "attention_scale": 0.1, "window": 64, "global_layers": (1,), "local_rope": Rope(theta=100.0, rotary_dim=4),
+    "attention_softcap": 50.0, "logit_softcap": 30.0, "threshold": 0.01, "alibi": 8.0, "alibi_scaled": True,
+    "embed_norm": True, "sinks": True,
 }  # fmt: skip
 ROPE_CHANGES: dict[str, Any] = {
     "attention_factor": 1.2, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False, "short_factor": (1.0, 1.0),
@@ -61,7 +63,19 @@ def test_what_is_written_is_read(changed: set[str], turned: set[str]) -> None:
         ({"logit_scale": 0.0}, "logit_scale is 0.0"),
         ({"attention_scale": float("inf")}, "attention_scale is inf"),
         ({"embed_scale": float("nan")}, "embed_scale is nan"),
-        ({"window": 31}, "a context of 32, a window of 31"),
+        ({"window": 0}, "window is 0, a positive number"),
+        ({"global_layers": (0,)}, "global layers without a window"),
+        ({"window": 8, "global_layers": (2,)}, "a global layer that is not there"),
+        ({"local_rope": ROPE}, "local rope without a window"),
+        ({"window": 8, "local_rope": Rope(theta=1.0, rotary_dim=3)}, "rotary_dim 3"),
+        ({"threshold": 0.5}, "a threshold of 0.5 for relu"),
+        ({"threshold": -0.5, "activation": "fatrelu"}, "a threshold of -0.5 for fatrelu"),
+        ({"threshold": float("nan"), "activation": "shifted_relu"}, "a threshold of nan"),
+        ({"activation": "drelu", "gated": False}, "drelu in a plain"),
+        ({"alibi": 8.0}, "alibi 8.0, or with rotary"),
+        ({"alibi_scaled": True}, "alibi_scaled without alibi"),
+        ({"attention_softcap": 0.0}, "attention_softcap is 0.0"),
+        ({"logit_softcap": float("nan")}, "logit_softcap is nan"),
         ({"rope": {"skipped": (2,)}}, "a layer that is not there"),
         ({"rope": {"attention_factor": 0.0}}, "attention_factor"),
         ({"rope": {"scaling": "yarn"}}, "impossible ramp"),

@@ -66,7 +66,7 @@ FORGED: dict[str, tuple[Forge, str]] = {
     "llama3 bands": (put("facts/rope/scaling", "llama3"), "bands"),
     "endless layers": (put("facts/num_layers", 10**15), "2 neuron layers"),
     "endless vocabulary": (put("facts/vocab_size", 10**15), "embed.weight has shape"),
-    "unknown activation": (put("facts/activation", "fatrelu"), "fatrelu"),
+    "unknown activation": (put("facts/activation", "tanh"), "tanh"),
     "unknown role": (lambda m: m["tensors"].update(extra=m["tensors"].pop("head.weight")), "unknown role 'extra'"),
     "missing tensor": (lambda m: m["tensors"].pop("layers.1.attn.q.weight"), "layers.1.attn.q.weight is missing"),
     "shape": (put("tensors/embed.weight/shape", [20, 15]), "embed.weight has shape"),
