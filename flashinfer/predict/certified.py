@@ -22,7 +22,8 @@ def may_fire(sketched: Floats, x: Floats, slack: Floats, bias: Floats | None, th
 
     sketched: products of the sketch's rows with the token `[neurons]`. x: the token `[hidden]`. slack: `tune.sketch`
     has it: no more than `slack * |x|` lies between a product of the sketch and the one of the true row, however either
-    is summed. What is not a number may fire.
+    is summed. Products and threshold are float32, so that the rounding of their bound in float64 hides nobody. What is
+    not a number may fire.
     """
     with np.errstate(invalid="ignore", over="ignore"):
         norm = float(np.sqrt(np.square(x, dtype=np.float64).sum())) * WIDER

@@ -182,8 +182,8 @@ class _Listening:
 def one_layer(facts: Facts, layer: int) -> Facts:
     """Facts of a model of that layer alone, which is given hidden states."""
     return msgspec.structs.replace(
-        facts, num_layers=1, embed_size=facts.hidden_size, embed_scale=1.0, rope=facts.rope_of(layer), local_rope=None,
-        window=facts.window_of(layer), global_layers=(),
+        facts, num_layers=1, embed_size=facts.hidden_size, embed_scale=1.0, embed_norm=False,
+        rope=facts.rope_of(layer), local_rope=None, window=facts.window_of(layer), global_layers=(),
     )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ class Layer:
         decision: bool = False,
         seed: int = 1,
         down: str | Codec | None = None,
+        rectified: bool = False,
     ) -> None:
         self.up, self.down, self.bias, self.decision_bias = None, None, None, None
         self.raw_decision = np.zeros((0, 0), np.uint8)
@@ -64,8 +65,9 @@ class Layer:
         self.place_of = np.argsort(order)
         self.memory = unaligned(np.concatenate([np.zeros((1, at), np.uint8), np.concatenate(columns, axis=1)[order]]))
         self.bundle = Bundle(
-            at, parts["down"], parts.get("up"), parts.get("bias"), parts.get("decision"), parts.get("decision_bias")
-        )
+            at, parts["down"], parts.get("up"), parts.get("bias"), parts.get("decision"), parts.get("decision_bias"),
+            rectified,
+        )  # fmt: skip
 
     def offsets(self, index: Any) -> Any:
         return np.where(index < 0, 0, self.place_of[index] + 1) * self.bundle.bytes
@@ -88,7 +90,8 @@ class Layer:
                     continue
                 h = fired[tile, :, place].astype(np.float64)
                 if self.up is not None:
-                    h = h * (x @ self.up[n] + (0 if self.bias is None else self.bias[n, 0]))
+                    up = x @ self.up[n] + (0 if self.bias is None else self.bias[n, 0])
+                    h = h * (np.maximum(up, 0) if self.bundle.rectified else up)
                 out += h[:, None] * self.down[n]
         return out
 
@@ -396,6 +399,15 @@ class BackendConformance:
     ) -> None:
         layer, index = Layer(codec, 150, width, gated=gated, bias=bias), tiles_of(150)
         x, acc, fired = normal(7, tokens, width), normal(8, tokens, width), fired_for(tokens, index, share)
+        placed = backend.place(acc)
+        backend.ffn(placed, backend.place(x), backend.place(fired), layer.memory, layer.offsets(index), layer.bundle)
+        assert near(backend.fetch(placed), layer.expected(acc, x, fired, index))
+
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("tokens", TOKENS)
+    def test_products_with_up_count_where_they_are_positive(self, backend: Backend, bias: bool, tokens: int) -> None:
+        layer, index = Layer("f16", 150, 40, gated=True, bias=bias, rectified=True), tiles_of(150)
+        x, acc, fired = normal(7, tokens, 40), normal(8, tokens, 40), fired_for(tokens, index, 0.6)
         placed = backend.place(acc)
         backend.ffn(placed, backend.place(x), backend.place(fired), layer.memory, layer.offsets(index), layer.bundle)
         assert near(backend.fetch(placed), layer.expected(acc, x, fired, index))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,7 +25,16 @@ PROMPT = [int(t) for t in np.random.default_rng(3).integers(3, 96, 37)]
 DECODED = [int(t) for t in np.random.default_rng(4).integers(3, 96, 9)]
 CONTEXT = 192
 BACKENDS: list[BackendName] = ["torch", *(["native"] if has_native() else [])]
-CASES = [("llama", "float16"), ("llama", "float32"), ("opt", "bfloat16"), ("llama-silu", "float16")]
+CASES = [
+    ("llama", "float16"), ("llama", "float32"), ("opt", "bfloat16"), ("llama-silu", "float16"),
+    ("llama-fatrelu", "float16"), ("bamboo", "float16"),
+]  # fmt: skip
+SAYS = {
+    "llama-silu": {"hidden_act": "silu"},
+    "llama-fatrelu": {"hidden_act": "fatrelu", "hidden_act_param": 0.5},
+    "bamboo": {"architectures": ["BambooForCausalLM"], "sliding_window": 20},
+}
+"""What config.json says beside what `make_llama` writes there."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +50,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Made
     for variant, dtype in CASES:
         root = tmp_path_factory.mktemp("exact")
         make = make_opt if variant == "opt" else make_llama
-        act = {"hidden_act": "silu"} if variant == "llama-silu" else {}
         size = {"ffn_dim" if variant == "opt" else "intermediate_size": 330}
-        checkpoint = make(root / "checkpoint", dtype=dtype, max_position_embeddings=256, **size, **act)
+        checkpoint = make(root / "checkpoint", dtype=dtype, max_position_embeddings=256, **size)
+        said = json.loads((checkpoint / "config.json").read_text())
+        (checkpoint / "config.json").write_text(json.dumps(said | SAYS.get(variant, {})))
         stores = {}
         for seed, bundles in [(0, 1), (0, 5), (1, 2), (2, 7)]:
             order = [np.random.default_rng(seed * 10 + i).permutation(330) for i in range(3)] if seed else None

@@ -28,6 +28,13 @@ class TestExact(PredictorConformance):
         guess = self.guess(weights, self.make(weights), 0, tokens, Span(0, len(tokens)))
         assert np.array_equal(guess.needed, self.products(weights, 0, tokens) > 0)
 
+    def test_above_a_threshold(self, weights: Weights, tokens: Floats) -> None:
+        """Exactly at it nobody fires."""
+        products = self.products(weights, 0, tokens)
+        for threshold in (0.5, float(products.max()), float(np.sort(products.reshape(-1))[-5])):
+            guess = self.guess(weights, Exact(weights.view(), GATES, threshold), 0, tokens, Span(0, len(tokens)))
+            assert np.array_equal(guess.needed, products > np.float32(threshold))
+
 
 class TestEverything(PredictorConformance):
     def make(self, weights: Weights) -> Predictor:
@@ -62,6 +69,19 @@ class TestCertified(PredictorConformance):
         named = self.guess(weights, self.make(weights), 0, tokens, Span(0, len(tokens))).needed
         assert named is not None
         assert named.mean() < 2 * (self.products(weights, 0, tokens) > 0).mean()
+
+    @pytest.mark.parametrize("threshold", [0.25, 2.0])
+    def test_nobody_above_a_threshold_is_left_out(self, weights: Weights, tokens: Floats, threshold: float) -> None:
+        add_sketches(weights)
+        sketches = [role.replace("gate", "sketch") for role in GATES]
+        found = [
+            self.guess(weights, Certified(weights.view(), sketches, t), 0, tokens, Span(0, len(tokens))).needed
+            for t in (threshold, 0.0)
+        ]
+        fires = self.products(weights, 0, tokens) > threshold
+        assert fires.any()
+        assert found[0][fires].all()
+        assert found[0].sum() < found[1].sum()
 
     @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
     def test_what_is_not_a_number_may_fire(self, weights: Weights, tokens: Floats, bad: float) -> None:
@@ -134,9 +154,13 @@ def test_who_is_left_out_does_not_fire_whatever_the_order_of_the_sum(
     out = backend.zeros(1, len(rows))
     matrix = backend.matrix(raw.reshape(-1), "int8g32", *rows.shape, keep=False)
     backend.linear(out, 0, backend.place(x[None]), matrix)
-    named = may_fire(backend.fetch(out)[0], x, slack, None)
+    sketched = backend.fetch(out)[0]
+    named = may_fire(sketched, x, slack, None)
     backend.close()
     products = rows * x
+    threshold = float(np.median(np.abs(rows @ x)))  # one of the products, or between two
+    above = may_fire(sketched, x, slack, None, threshold)
     orders = [products.sum(axis=1), products[:, ::-1].copy().cumsum(axis=1)[:, -1], rows @ x]
     for result in orders:
         assert named[result > 0].all()
+        assert above[result > np.float32(threshold)].all()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flashinfer import pack
 from flashinfer.backend import open_backend
 from flashinfer.engine import Model
 from flashinfer.errors import StoreError
@@ -20,6 +21,7 @@ from flashinfer.tune.perplexity import Protocol, perplexity
 from flashinfer.tune.quantising import QuantJob, QuantOptions, codecs_of, matrices_of, walk
 from flashinfer.tune.recode import Recoded
 from flashinfer.tune.work import Work
+from tests.families import make
 from tests.tune.calibrating import KINDS, copy_of, make_store, token_ids
 
 WINDOWS = [40, 17, 1, 2]
@@ -50,6 +52,18 @@ def test_perplexity_is_that_of_the_model(kind: str, packing: dict, text: Path, t
         found = walk(job, Source(job.store), job.judge, "judging")
         assert not list(job.work.path.glob("*.states"))
     assert found.tokens == expected.tokens == 70
+    assert found.nll == pytest.approx(expected.nll, rel=1e-6)
+
+
+@pytest.mark.parametrize("case", ["gemma3", "smollm3", "granite", "bamboo", "falcon-rw", "bloom", "minicpm"])
+def test_every_layer_has_its_own_facts(case: str, tmp_path: Path) -> None:
+    """Windows and ropes differ by layer, and only what comes into the first layer is an embedding."""
+    pack(make(case, tmp_path / "checkpoint"), tmp_path / "store")
+    ids = np.random.default_rng(1).integers(3, 89, 70)
+    with Model.open(tmp_path / "store") as model:
+        expected = perplexity(model, ids, Protocol(71, 70, 1))
+    with job_of(tmp_path / "store", [[1, *ids.tolist()]]) as job:
+        found = walk(job, Source(job.store), job.judge, "judging")
     assert found.nll == pytest.approx(expected.nll, rel=1e-6)
 
 
