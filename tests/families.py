@@ -21,6 +21,16 @@ SIZES: dict[str, Any] = {
 GPT_SIZES: dict[str, Any] = {
     "vocab_size": 89, "hidden_size": 40, "n_layer": 3, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+GEMMA3: dict[str, Any] = SIZES | {
+    "head_dim": 12, "query_pre_attn_scalar": 7, "sliding_window": 24,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
+                        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}},
+}  # fmt: skip
+EYES: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8,
+    "patch_size": 4,
+}  # fmt: skip
 FALCON: dict[str, Any] = {k: v for k, v in SIZES.items() if k not in ("intermediate_size", "num_key_value_heads")} | {
     "ffn_hidden_size": 107,
 }  # fmt: skip
@@ -110,10 +120,7 @@ CASES: dict[str, Case] = {
     "gemma": _case("gemma", head_dim=12),
     "gemma2": _case("gemma2", head_dim=12, query_pre_attn_scalar=7, sliding_window=24, attn_logit_softcapping=0.8,
                     final_logit_softcapping=3.0),
-    "gemma3": _case("gemma3_text", head_dim=12, query_pre_attn_scalar=7, sliding_window=24,
-                    layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-                    rope_parameters={"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
-                                     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}),
+    "gemma3": Case("gemma3_text", GEMMA3),
     "arcee": _case("arcee"),
     "arcee-biases": _case("arcee", attention_bias=True, mlp_bias=True),
     "nemotron": _case("nemotron", partial_rotary_factor=0.4, attention_bias=True),
@@ -125,6 +132,9 @@ CASES: dict[str, Case] = {
     "helium": _case("helium", head_dim=10),
     "cohere": _case("cohere", attention_bias=True),
     "cohere-qk-norm": _case("cohere", use_qk_norm=True, logit_scale=0.5),
+    "gemma3-with-pictures": Case("gemma3", {"text_config": GEMMA3, "vision_config": EYES,
+                                            "image_token_index": 88, "boi_token_index": 87, "eoi_token_index": 86,
+                                            "mm_tokens_per_image": 4}),
     "gpt_neox": _no_groups("gpt_neox", rope_parameters={"rope_type": "default", "rope_theta": 1e4,
                                                         "partial_rotary_factor": 0.4}),
     "gpt_neox-in-turn": _no_groups("gpt_neox", use_parallel_residual=False, hidden_act="relu", attention_bias=False),

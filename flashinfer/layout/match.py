@@ -186,4 +186,4 @@ def _matching(layout: Layout, names: Collection[str], prefix: str) -> int:
 
 def _regex(pattern: str, prefix: str) -> re.Pattern[str]:
     escaped = re.escape(pattern.replace("{prefix}", prefix))
-    return re.compile(re.sub(r"\\\{[ih]\\\}", r"(?:0|[1-9]\\d*)", escaped))
+    return re.compile(re.sub(r"\\\{[ih]\\\}", r"(?:0|[1-9]\\d*)", escaped).replace(r"\{any\}", ".*"))

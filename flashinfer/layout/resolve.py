@@ -24,6 +24,12 @@ class Resolver:
     """The values one config.json gives to the facts and conditions of a layout."""
 
     def __init__(self, layout: Layout, config: Config) -> None:
+        inside = config.get(layout.table) if layout.table is not None else None
+        if isinstance(inside, Mapping):
+            config = {
+                **config,
+                **{key: value for key, value in inside.items() if value is not None or key not in config},
+            }
         self.layout, self.config = layout, config
         self._values: dict[str, Any] = {}
         self._pending: set[str] = set()

@@ -141,14 +141,18 @@ class TensorPattern(_Strict, frozen=True):
 
 
 class Ignored(_Strict, frozen=True):
-    """Tensors that may be in a checkpoint and carry nothing the model needs."""
+    """Tensors that may be in a checkpoint and carry nothing the model needs; `{any}` stands for any text."""
 
     name: str
     when: tuple[str, ...] = ()
 
 
 class Layout(_Strict, frozen=True):
-    """A model family, as its file states it. `{prefix}` and `{i}` stand in names for a prefix and a layer."""
+    """A model family, as its file states it. `{prefix}` and `{i}` stand in names for a prefix and a layer.
+
+    `table`: the table of config.json that is about the text model, where there is one: what it says comes before what
+    is said beside it.
+    """
 
     schema: int
     family: str
@@ -156,6 +160,7 @@ class Layout(_Strict, frozen=True):
     facts: dict[str, Scalar | Source | tuple[Source, ...]]
     tensors: dict[str, TensorPattern]
     prefixes: tuple[str, ...] = ("",)
+    table: str | None = None
     supported: dict[str, tuple[Scalar, ...]] = {}
     conditions: dict[str, Condition] = {}
     ignored: tuple[Ignored, ...] = ()
