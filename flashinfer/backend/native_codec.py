@@ -17,6 +17,7 @@ from flashinfer.quant.int8 import INT8
 
 TYPES = {"f32": 0, "f16": 1, "bf16": 2, "int8g32": 3}
 SCALES = {"f16": 0, "f32": 1, "e8m0": 2, "nested": 3}
+ZEROS = {None: 0, "f16": 1, "u8": 2}
 
 
 def native_codec(codec: str | Codec) -> NativeCodec:
@@ -40,7 +41,7 @@ def _of_layout(layout: Layout, outliers: tuple[int, ...]) -> NativeCodec:
         layout.table.tolist(),
         SCALES[layout.scale],
         layout.unit,
-        layout.zero,
+        ZEROS[layout.zero],
         TABLE.tolist(),
         list(outliers),
     )

@@ -19,11 +19,10 @@ def unpack_codes(raw: Tensor, layout: Layout, values: Tensor) -> None:
     codes = raw[:, layout.codes_at(elements) : layout.row_bytes(elements)]
     codes = (codes if layout.bits == 8 else _nibbles(codes))[:, :elements]
     torch.index_select(_table(layout, values.device), 0, codes.reshape(-1).int(), out=values.view(-1))
-    values.mul_(_spread(_scales(raw, layout, elements), layout.group, elements))
+    scales = _scales(raw, layout, elements)
+    values.mul_(_spread(scales, layout.group, elements))
     if layout.zero:
-        at = layout.zeros_at(elements)
-        zeros = _copied(raw[:, at : at + 2 * layout.groups(elements)]).view(torch.float16).float()
-        values.add_(_spread(zeros, layout.group, elements))
+        values.add_(_spread(_zeros(raw, layout, elements, scales), layout.group, elements))
 
 
 @cache
@@ -54,6 +53,14 @@ def _scales(raw: Tensor, layout: Layout, elements: int) -> Tensor:
         case "nested":
             scales = _nested(stored, layout.groups(elements))
     return scales * layout.unit
+
+
+def _zeros(raw: Tensor, layout: Layout, elements: int, scales: Tensor) -> Tensor:
+    """Zero-points `[n, groups]`, as they are added."""
+    at, groups = layout.zeros_at(elements), layout.groups(elements)
+    if layout.zero == "u8":
+        return raw[:, at : at + groups].float().neg_() * scales
+    return _copied(raw[:, at : at + 2 * groups]).view(torch.float16).float()
 
 
 def _nested(stored: Tensor, groups: int) -> Tensor:

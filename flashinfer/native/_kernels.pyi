@@ -26,7 +26,7 @@ class Codec:
         table: Sequence[float],
         scale: int,
         unit: float,
-        zero: bool,
+        zero: int,
         map: Sequence[float],
         outliers: Sequence[int],
     ) -> Codec:

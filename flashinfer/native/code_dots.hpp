@@ -229,6 +229,24 @@ void add_halves(Rows rows, long at, long count, const std::uint8_t* x, long x_st
     }
 }
 
+// out += (centre - z) * scale of every group times the sums of x over it, which are floats of each token.
+void add_centred(const Codec& c, Rows rows, long width, const std::uint8_t* x, long x_stride, int tokens, float* out,
+                 long out_stride) {
+    const long groups = c.groups(width), zeros = c.zeros_at(width);
+    const Lanes centre = broadcast(float(c.centre));
+    for (int r = 0; r < rows.count; r++)
+        for (int t = 0; t < tokens; t++) {
+            const float* sums = reinterpret_cast<const float*>(x + t * x_stride);
+            Lanes sum = broadcast(0);
+            for (long g = 0; g < groups; g += LANES) {
+                const int n = int(least(LANES, groups - g));
+                const Lanes z = sub(centre, load_part<Type::int8>(rows.at[r] + zeros + g, n));
+                sum = fma(mul(z, load_part<Type::f16>(rows.at[r] + 2 * g, n)), load_part(sums + g, n), sum);
+            }
+            out[t * out_stride + r] += reduce(sum);
+        }
+}
+
 void code_dots(const Codec& c, Rows rows, const std::uint8_t* x, long x_stride, int tokens, long width, float* out,
                long out_stride) {
     constexpr decltype(&dots_of<Form::nibbles, true>) of[] = {
@@ -237,8 +255,9 @@ void code_dots(const Codec& c, Rows rows, const std::uint8_t* x, long x_stride, 
     of[c.fixed && c.form == Form::nibbles ? 4 : int(c.form)](c, rows, x, x_stride, tokens, width, out, out_stride);
     const long sums = main_bytes(c, width), outliers = sums + sums_bytes(c, width);
     const long groups = c.groups(width);
-    if (c.centre) add_halves(rows, 0, 2 * groups, x + sums, x_stride, tokens, out, out_stride);
-    else if (c.zero) add_halves(rows, c.zeros_at(width), groups, x + sums, x_stride, tokens, out, out_stride);
+    if (sums_twice(c)) add_halves(rows, 0, 2 * groups, x + sums, x_stride, tokens, out, out_stride);
+    else if (c.zero == Zero::u8) add_centred(c, rows, width, x + sums, x_stride, tokens, out, out_stride);
+    else if (c.zeros()) add_halves(rows, c.zeros_at(width), groups, x + sums, x_stride, tokens, out, out_stride);
     if (!c.outliers.empty())
         add_halves(rows, c.outliers_at(width), long(c.outliers.size()), x + outliers, x_stride, tokens, out, out_stride);
 }

@@ -15,10 +15,10 @@ template <int R> struct Factors {
 
     FLASHINFER_METHOD void load_row(const Place& p, int r, Raw row, float h, long from, long to) {
         const long count = load_scales(p, row, from, to, h, scale[r]);
-        if (!p.codec.zero) return;
-        const Raw zeros = row + p.zeros + p.group(from) * 2;
+        if (!p.codec.zeros()) return;
+        const long first = p.group(from);
         for (long i = 0; i < count; i += LANES)
-            store(zero[r] + i, mul(load_part<Type::f16>(zeros + 2 * i, int(least(LANES, count - i))), broadcast(h)));
+            store(zero[r] + i, mul(zero_points(p, row, first + i, int(least(LANES, count - i))), broadcast(h)));
     }
 };
 
@@ -219,6 +219,6 @@ void code_sums(const Codec& c, Rows rows, const float* h, long h_stride, int tok
         {sums_of<Form::integers, false>, sums_of<Form::integers, true>},
         {sums_of<Form::e4m3, false>, sums_of<Form::e4m3, true>},
         {sums_of<Form::bytes, false>, sums_of<Form::bytes, true>}};
-    of[int(c.form)][c.zero](c, rows, h, h_stride, tokens, width, from, cols, acc, acc_stride);
+    of[int(c.form)][c.zeros()](c, rows, h, h_stride, tokens, width, from, cols, acc, acc_stride);
     if (!c.outliers.empty()) add_outliers(c, rows, h, h_stride, tokens, width, from, cols, acc, acc_stride);
 }

@@ -28,7 +28,7 @@ void find_integers(Codec& c) {
         const float least = *std::min_element(c.table.begin(), c.table.begin() + 16);
         c.fixed = true, c.step = step, c.offset = -int(least / step);
         for (int i = 0; i < 16; i++) c.nibbles[i] = std::uint8_t(int(c.table[i] / step) + c.offset);
-        if (c.zero && c.scale == Scale::f16 && c.unit == 1 && step == 1) c.centre = 8 - c.offset, c.offset = 8;
+        if (c.zeros() && c.scale == Scale::f16 && c.unit == 1 && step == 1) c.centre = 8 - c.offset, c.offset = 8;
     }
 }
 
@@ -61,7 +61,7 @@ long Codec::zeros_at(long columns) const {
     return 0;
 }
 
-long Codec::codes_at(long columns) const { return padded(zeros_at(columns) + (zero ? 2 * groups(columns) : 0)); }
+long Codec::codes_at(long columns) const { return padded(zeros_at(columns) + groups(columns) * (zero == Zero::f16 ? 2 : zero == Zero::u8 ? 1 : 0)); }
 
 long Codec::outliers_at(long columns) const {
     return codes_at(columns) + code_bytes(stored(columns));
@@ -72,23 +72,25 @@ long Codec::bytes(long columns) const {
     return outliers_at(columns) + padded(2 * long(outliers.size()));
 }
 
-Codec code_codec(int bits, long group, const std::vector<float>& table, int scale, float unit, bool zero,
+Codec code_codec(int bits, long group, const std::vector<float>& table, int scale, float unit, int zero,
                  const std::vector<float>& map, const std::vector<std::int32_t>& outliers) {
     if ((bits != 4 && bits != 8) || long(table.size()) != 1L << bits) throw std::invalid_argument("a table of 16 or 256 values was expected");
     if (group && (group < 32 || group & (group - 1))) throw std::invalid_argument("a group is a power of two, 32 at least");
     if (scale < 0 || scale > int(Scale::nested)) throw std::invalid_argument("no such type of scale");
+    if (zero < 0 || zero > int(Zero::u8)) throw std::invalid_argument("no such type of zero-point");
     if (map.size() != 256) throw std::invalid_argument("the map of nested scales has 256 values");
     if (std::adjacent_find(outliers.begin(), outliers.end(), std::greater_equal<>()) != outliers.end() ||
         (!outliers.empty() && outliers[0] < 0))
         throw std::invalid_argument("outliers are ascending columns");
     if (!outliers.empty() && (bits != 8 || zero)) throw std::invalid_argument("outliers are of eight-bit integers");
     Codec c;
-    c.type = Type::codes, c.scale = Scale(scale), c.zero = zero, c.unit = unit, c.outliers = outliers;
+    c.type = Type::codes, c.scale = Scale(scale), c.zero = Zero(zero), c.unit = unit, c.outliers = outliers;
     c.group = group ? group : WHOLE_ROW;
     std::copy(table.begin(), table.end(), c.table.begin());
     std::copy(map.begin(), map.end(), c.map.begin());
     if (bits == 4) find_integers(c);
     else c.fixed = is_signed_byte(c), c.form = c.fixed ? Form::integers : is_e4m3(c) ? Form::e4m3 : Form::bytes;
+    if (c.zero == Zero::u8 && !c.centre) throw std::invalid_argument("a zero-point of a byte is of four-bit integers with float16 scales");
     return c;
 }
 

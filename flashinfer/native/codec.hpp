@@ -27,6 +27,9 @@ constexpr long integers_at(Type type, long columns, long column = 0) {
 
 enum class Scale : int { f16, f32, e8m0, nested };
 
+// What is added to a code's value times its scale: nothing; a float16; -z times the scale, z a byte.
+enum class Zero : int { none, f16, u8 };
+
 // What a code is before its scale: an entry of a table of 16; a signed byte times `step`; an e4m3, whose bits are those
 // of a half; an entry of a table of 256.
 enum class Form : int { nibbles, integers, e4m3, bytes };
@@ -36,7 +39,7 @@ struct Codec {
     Type type = Type::f32;
     Form form = Form::nibbles;
     Scale scale = Scale::f32;
-    bool zero = false;
+    Zero zero = Zero::none;
     long group = 0;   // columns that share a scale, a power of two; more than any row has where it is the row's
     float unit = 1;   // what a stored scale is multiplied by
     std::array<float, 256> table{};
@@ -45,12 +48,13 @@ struct Codec {
 
     // Where the table is `step` times integers: products are of integers, and 16 of these are `nibbles - offset`. With
     // zero-points these are less by `centre` (so that their products, and what rounding x does to them, are small):
-    // a value is (integer + centre) * scale + zero.
+    // a value is (integer + centre) * scale + zero, or (integer + (centre - z)) * scale.
     bool fixed = false;
     float step = 1;
     int offset = 0, centre = 0;
     std::array<std::uint8_t, 16> nibbles{};
 
+    bool zeros() const { return zero != Zero::none; }
     long groups(long columns) const { return (columns + group - 1) / group; }
     long zeros_at(long columns) const;
     long codes_at(long columns) const;
@@ -64,7 +68,7 @@ struct Codec {
 };
 
 // A codec of codes. `group` 0: the row. Throws std::invalid_argument for what no kernel knows.
-Codec code_codec(int bits, long group, const std::vector<float>& table, int scale, float unit, bool zero,
+Codec code_codec(int bits, long group, const std::vector<float>& table, int scale, float unit, int zero,
                  const std::vector<float>& map, const std::vector<std::int32_t>& outliers);
 
 }  // namespace flashinfer

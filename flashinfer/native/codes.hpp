@@ -34,6 +34,12 @@ FLASHINFER_INLINE Lanes stored_scales(const Place& p, Raw row, long g, int n) {
     return add(mul(look_up(c.map.data(), row + p.nested + g), broadcast(largest)), broadcast(mean));
 }
 
+// Up to sixteen zero-points from group g on, as they are added: exact.
+FLASHINFER_INLINE Lanes zero_points(const Place& p, Raw row, long g, int n) {
+    if (p.codec.zero == Zero::f16) return load_part<Type::f16>(row + p.zeros + 2 * g, n);
+    return mul(sub(broadcast(0), load_part<Type::int8>(row + p.zeros + g, n)), load_part<Type::f16>(row + 2 * g, n));
+}
+
 // Scales of the groups of columns [from, to) times the unit, then times `factor`; zeros behind them. Returns how many.
 FLASHINFER_INLINE long load_scales(const Place& p, Raw row, long from, long to, float factor, float* out) {
     const long first = p.group(from), count = p.group(to - 1) + 1 - first;

@@ -5,7 +5,7 @@
 // the 32. Products of integers are exact, and so the same everywhere.
 //
 // Else x is as it is, filled up with zeros, against nibbles in an order of its own. Behind that lie, in float32: of a codec with zero-points, the sums of x over
-// its groups, where it has a `centre` after as many times it; x at the outliers, which is 0 in all the rest. Rows have
+// its groups, where they are float16 and it has a `centre` after as many times it; x at the outliers, which is 0 in all the rest. Rows have
 // float16 there (scales and zero-points; outliers), and `dots` adds these products.
 
 constexpr int MOST_INTEGER = 127 * 255 + 127;
@@ -37,7 +37,11 @@ FLASHINFER_INLINE long main_bytes(const Codec& c, long width) {
     if (c.form == Form::nibbles) return c.fixed ? blocks_bytes<NibbleBlock>(width) : blocks_bytes<FloatBlock>(width);
     return c.fixed ? blocks_bytes<ByteBlock>(width) : rounded(width, CHUNK) * 4;
 }
-FLASHINFER_INLINE long sums_bytes(const Codec& c, long width) { return c.zero ? rounded((c.centre ? 8 : 4) * c.groups(width), LINE) : 0; }
+// Whether sums come `centre` times, too: zero-points of a byte are centred themselves.
+FLASHINFER_INLINE bool sums_twice(const Codec& c) { return c.centre && c.zero == Zero::f16; }
+FLASHINFER_INLINE long sums_bytes(const Codec& c, long width) {
+    return c.zeros() ? rounded((sums_twice(c) ? 8 : 4) * c.groups(width), LINE) : 0;
+}
 
 long prepared_bytes(const Codec& c, long width) {
     return main_bytes(c, width) + sums_bytes(c, width) + rounded(4 * long(c.outliers.size()), LINE) + LINE;  // one to spare: no stride of a power of two
@@ -106,7 +110,7 @@ template <class Block> void round_into(std::uint8_t* out, long chunk, const floa
 void prepare(const Codec& c, const float* x, long width, std::uint8_t* out) {
     const long groups = c.groups(width);
     float* centres = reinterpret_cast<float*>(out + main_bytes(c, width));
-    float* sums = c.centre ? centres + groups : centres;
+    float* sums = sums_twice(c) ? centres + groups : centres;
     float* outliers = reinterpret_cast<float*>(out + main_bytes(c, width) + sums_bytes(c, width));
     std::memset(centres, 0, sums_bytes(c, width));
     size_t next = 0;
@@ -117,11 +121,11 @@ void prepare(const Codec& c, const float* x, long width, std::uint8_t* out) {
             outliers[next] = some[c.outliers[next] - k];
             some[c.outliers[next] - k] = 0;
         }
-        if (c.zero) sums[k / c.group] += reduce(add(load(some), load(some + LANES)));
+        if (c.zeros()) sums[k / c.group] += reduce(add(load(some), load(some + LANES)));
         if (!c.fixed && c.form == Form::nibbles) put_floats(out, k / CHUNK, some);
         else if (!c.fixed) std::memcpy(out + 4 * k, some, sizeof some);
         else if (c.form == Form::nibbles) round_into<NibbleBlock>(out, k / CHUNK, some, c.step, c.offset);
         else round_into<ByteBlock>(out, k / CHUNK, some, c.step, c.offset);
     }
-    for (long g = 0; c.centre && g < groups; g++) centres[g] = float(c.centre) * sums[g];
+    for (long g = 0; sums_twice(c) && g < groups; g++) centres[g] = float(c.centre) * sums[g];
 }

@@ -14,7 +14,7 @@ from flashinfer.quant.int4 import INT4
 from flashinfer.quant.int8 import INT8
 from flashinfer.quant.int8g32 import Int8g32
 from flashinfer.quant.mxfp4 import MXFP4
-from flashinfer.quant.nf4 import NF4
+from flashinfer.quant.nf4 import NF4, NF4F32
 from flashinfer.quant.plain import BFloat16, Float16, Float32
 from flashinfer.quant.q4_0 import Q4_0
 
@@ -44,7 +44,7 @@ class Codec(Protocol):
 
 PLAIN: tuple[Codec, ...] = (Float32(), Float16(), BFloat16())
 """Codecs whose bytes are the values themselves."""
-GROUPED = (INT8, DYNAMIC8, FP8, *INT4, Q4_0, NF4, MXFP4)
+GROUPED = (INT8, DYNAMIC8, FP8, *INT4, Q4_0, NF4, NF4F32, MXFP4)
 """Codecs whose rows are as their `layout` says."""
 CODECS: dict[str, Codec] = {c.name: c for c in (*PLAIN, Int8g32(), *GROUPED)}
 """Every codec whose name says all. `LlmInt8`, which must be told a tensor's outliers, is not among them."""

@@ -1,5 +1,5 @@
 """`int4g32`, `int4g64`, `int4g128`: four-bit integers with a scale for each group of so many columns; those with a `z`
-behind the name have a zero-point too.
+behind the name have a zero-point too, those with `iz` one that is an integer.
 
 Without: codes are 0 .. 15 for the integers -8 .. 7, and a value is its integer times the scale, f16, exact in float32.
 The scale is the one of least magnitude, rounded away from zero, that keeps all integers within their range; it is
@@ -9,6 +9,12 @@ most half a scale.
 With: codes are 0 .. 15, and a value is `code * scale + zero`, rounded once. The zero-point is the least of the group,
 the scale a fifteenth of what lies above it, taken in float64; both are f16, the one rounded down and the other up. The
 error is at most half a scale, and a rounding.
+
+With an integer zero-point: codes are 0 .. 15, and a value is `(code - z) * scale`, z one of 0 .. 15 and the scale f16,
+exact in float32: what checkpoints of GPTQ and AWQ hold. The rule is that of both (arXiv 2210.17323, arXiv 2306.00978;
+their quantiser): the range of a group reaches to zero at least, the scale is a fifteenth of it, rounded up to f16, z is
+the nearest integer to `-least / scale`, and a code is the quotient plus z, within 0 .. 15. The error is at most a
+scale, and zero is exact.
 
 An integer is the quotient in float32, rounded to nearest even. Scales and zero-points reach to 65504.
 """
@@ -52,6 +58,16 @@ def _asymmetric(rows: F32, group: int) -> tuple[Bytes, Bytes]:
     return np.concatenate([_bytes(scales), _bytes(zeros)], axis=1), codes.astype(np.uint8)
 
 
+def _integer_zero(rows: F32, group: int) -> tuple[Bytes, Bytes]:
+    least, most = _extremes(rows, group)
+    least, most = np.minimum(least, 0), np.maximum(most, 0)
+    scales = _half((most - least) / 15, up=True)
+    divisors = _divisors(scales)
+    zeros = np.rint(-least.astype(np.float32) / divisors).astype(np.uint8)
+    codes = np.rint(rows / spread(divisors, group, rows.shape[1])) + spread(zeros, group, rows.shape[1])
+    return np.concatenate([_bytes(scales), zeros], axis=1), np.clip(codes, 0, 15).astype(np.uint8)
+
+
 def _extremes(rows: F32, group: int) -> tuple[F64, F64]:
     """The least and the most of each group, `[n, groups]`."""
     at = range(0, rows.shape[1], group)
@@ -77,5 +93,9 @@ def _bytes(halves: npt.NDArray[np.float16]) -> Bytes:
 
 INT4: Final = (
     *(Grouped(f"int4g{g}", Layout(4, g, _SIGNED, "f16"), partial(_symmetric, group=g)) for g in GROUPS),
-    *(Grouped(f"int4g{g}z", Layout(4, g, _UNSIGNED, "f16", zero=True), partial(_asymmetric, group=g)) for g in GROUPS),
+    *(Grouped(f"int4g{g}z", Layout(4, g, _UNSIGNED, "f16", zero="f16"), partial(_asymmetric, group=g)) for g in GROUPS),
+    *(
+        Grouped(f"int4g{g}iz", Layout(4, g, _UNSIGNED, "f16", zero="u8"), partial(_integer_zero, group=g))
+        for g in GROUPS
+    ),
 )

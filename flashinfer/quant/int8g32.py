@@ -47,6 +47,13 @@ class Int8g32:
         return np.ascontiguousarray(values.reshape(len(data), blocks * BLOCK)[:, :elements])
 
 
+def int8g32_rows(scales: npt.NDArray[np.float16], integers: npt.NDArray[np.int8]) -> Bytes:
+    """Rows `[n, row_bytes]` of scales `[n, blocks]` and integers `[n, elements]`."""
+    padded = np.zeros((len(integers), scales.shape[1] * BLOCK), dtype=np.uint8)
+    padded[:, : integers.shape[1]] = integers.view(np.uint8)
+    return np.concatenate([np.ascontiguousarray(scales, dtype="<f2").view(np.uint8), padded], axis=1)
+
+
 def _encode(rows: F32, out: Bytes) -> None:
     """Encode a few rows. Writes `out`."""
     count, elements = rows.shape

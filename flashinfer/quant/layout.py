@@ -8,8 +8,9 @@ its high half. Codes beyond the last column are 0. So codes begin and rows end a
 start, and a chunk decodes with one load, a mask and a shift.
 
 A value is `table[code] * scale` in float32, rounded once; with zero-points `table[code] * scale + zero`, where the
-product is exact, so that a fused multiply-add gives the same bits. A scale is what is stored, converted exactly
-(float16, e8m0) or as `nested` says, times `unit`, rounded once.
+product is exact, so that a fused multiply-add gives the same bits. A zero-point is a float16, or -z times the scale for
+an integer z, one byte: that product is exact, too, and so is the sum, `(table[code] - z) * scale`. A scale is what is
+stored, converted exactly (float16, e8m0) or as `nested` says, times `unit`, rounded once.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from flashinfer.quant.nested import nested_bytes, nested_scales
 F32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 ScaleType = Literal["f16", "f32", "e8m0", "nested"]
+ZeroType = Literal["f16", "u8"]
 
 ALIGNMENT = 16
 """Codes begin and rows end at multiples of so many bytes."""
@@ -57,6 +59,8 @@ _SCALES: dict[ScaleType, tuple[Callable[[int], int], Callable[[Bytes], F32]]] = 
     "nested": (nested_bytes, nested_scales),
 }
 """Of each type of scale: the bytes of so many, and what they mean."""
+_ZEROS: dict[ZeroType | None, int] = {None: 0, "f16": 2, "u8": 1}
+"""Bytes of a zero-point."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +69,8 @@ class Layout:
 
     bits: of a code, 4 or 8. group: columns that share a scale, a multiple of 32; None: the whole row.
     table: float32 `[2 ** bits]`, the value of each code before its scale. scale: how scales are stored.
-    unit: what a stored scale is multiplied by. zero: each group has a zero-point, float16, behind all scales.
+    unit: what a stored scale is multiplied by. zero: the type of each group's zero-point, behind all scales; integers
+    of a byte lie within what the table holds. None: there are none.
     """
 
     bits: Literal[4, 8]
@@ -73,7 +78,7 @@ class Layout:
     table: F32
     scale: ScaleType
     unit: float = 1.0
-    zero: bool = False
+    zero: ZeroType | None = None
 
     def groups(self, elements: int) -> int:
         """Groups of a row, a shorter last one included."""
@@ -85,7 +90,7 @@ class Layout:
 
     def codes_at(self, elements: int) -> int:
         """Offset of the first code."""
-        return _padded(self.zeros_at(elements) + (2 * self.groups(elements) if self.zero else 0))
+        return _padded(self.zeros_at(elements) + _ZEROS[self.zero] * self.groups(elements))
 
     def row_bytes(self, elements: int) -> int:
         """Bytes of a row."""
@@ -106,14 +111,22 @@ class Layout:
         return _SCALES[self.scale][1](raw) * np.float32(self.unit)
 
     def zeros(self, data: Bytes, elements: int) -> F32:
-        """Zero-points `[n, groups]` of rows `[n, bytes]`, of a layout that has them."""
+        """Zero-points `[n, groups]` of rows `[n, bytes]`, as they are added, of a layout that has them."""
         at = self.zeros_at(elements)
-        return half_scales(np.ascontiguousarray(data[:, at : at + 2 * self.groups(elements)]))
+        raw = np.ascontiguousarray(data[:, at : at + _ZEROS[self.zero] * self.groups(elements)])
+        return half_scales(raw) if self.zero == "f16" else -raw.astype(np.float32) * self.scales(data, elements)
 
     def codes(self, data: Bytes, elements: int) -> Bytes:
         """Codes `[n, elements]` of rows `[n, bytes]`, one to a byte."""
         stored = data[:, self.codes_at(elements) :]
         return stored[:, :elements] if self.bits == 8 else unpacked(stored)[:, :elements]
+
+    def rows(self, before: Bytes, codes: Bytes) -> Bytes:
+        """Rows `[n, bytes]` of what lies before the codes `[n, scales and zero-points]` and codes `[n, elements]`."""
+        data = np.zeros((len(codes), self.row_bytes(codes.shape[1])), dtype=np.uint8)
+        data[:, : before.shape[1]] = before
+        self.write_codes(data, codes)
+        return data
 
     def write_codes(self, data: Bytes, codes: Bytes) -> None:
         """Put codes `[n, elements]`, one to a byte, in their places in rows `[n, bytes]`. Writes `data`."""

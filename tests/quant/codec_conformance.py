@@ -28,9 +28,11 @@ SHARED = {
     "fp8": 2.0**-10 / 448,
     "q4_0": 1 / 8,  # the other end of the range is cut off
     "nf4": (1 - 0.6961928) / 2 + 0.0073,  # half the widest step, and the scale's own error
+    "nf4f32": (1 - 0.6961928) / 2,
     "mxfp4": 1 / 4,  # from 6 to the next power of two, 8, is cut off
     **{f"int4g{g}": 1 / 14 for g in (32, 64, 128)},
     **{f"int4g{g}z": 2 / 30 + 2.0**-12 for g in (32, 64, 128)},
+    **{f"int4g{g}iz": 2 / 15 for g in (32, 64, 128)},
 }
 """Error relative to the largest of the group; of nf4 to that of the row, which the scales share."""
 ROUNDING = 2.0**-9
