@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,22 +10,40 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-Words = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
-"""Values as they lie in the file: one unsigned word each, 2 bytes (f16, bf16) or 4 (f32)."""
+Words = npt.NDArray[np.uint8] | npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+"""Values as they lie in the file: one unsigned word each, 2 bytes (f16, bf16) or 4 (f32); or packed codes."""
+Bytes = npt.NDArray[np.uint8]
 Columns = slice | npt.NDArray[np.int64]
 """A run of columns (step 1), or their numbers."""
+
+
+@dataclass(frozen=True)
+class Coded:
+    """How a matrix that comes quantised can be packed.
+
+    scheme: what it is in the checkpoint, in words. codec: the one that holds its scales and codes as they are; None
+    where none does. nearest: the one its values are rounded to where the codes are not kept. rows: of `codec`, encoded
+    rows `[start, stop)`, `[stop - start, bytes]`; raises as a `Source` does.
+    """
+
+    scheme: str
+    codec: str | None
+    nearest: str
+    rows: Callable[[int, int], Bytes]
 
 
 @dataclass(frozen=True)
 class TensorInfo:
     """What is known of a tensor without reading it.
 
-    `dtype` is a codec's name (`f32`, `f16`, `bf16`), or the source's own name for a type that cannot be packed.
+    `dtype` is a codec's name (`f32`, `f16`, `bf16`), or the source's own name for a type that cannot be packed. Of a
+    matrix that comes quantised it is that of the values its codes stand for, and `coded` says the rest.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    coded: Coded | None = None
 
     @property
     def matrix(self) -> tuple[int, int]:

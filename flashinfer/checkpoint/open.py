@@ -9,6 +9,7 @@ from flashinfer.checkpoint.base import Checkpoint
 from flashinfer.checkpoint.delta import add_delta
 from flashinfer.checkpoint.huggingface import HuggingFaceCheckpoint
 from flashinfer.checkpoint.merge import merge_adapter
+from flashinfer.checkpoint.quantised import dequantising
 from flashinfer.errors import CheckpointError
 from flashinfer.store.open import hub_hint
 
@@ -21,7 +22,7 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open the checkpoint at `path`: a Hugging Face directory, a GGUF file, or a directory with just that.
 
-    Close it when done.
+    Matrices that others quantised (`checkpoint/quantised`) are among its tensors like all others. Close it when done.
 
     Args:
         path: the checkpoint.
@@ -64,7 +65,12 @@ def _open(root: Path) -> Checkpoint:
             raise CheckpointError(
                 f"{root} holds {' and '.join(kinds)} files only, which are not read; get the checkpoint as safetensors"
             )
-    return HuggingFaceCheckpoint(root)
+    opened = HuggingFaceCheckpoint(root)
+    try:
+        return dequantising(opened)
+    except BaseException:
+        opened.close()
+        raise
 
 
 def _open_gguf(path: Path) -> Checkpoint:

@@ -16,6 +16,8 @@ from flashinfer.config import COPY_CHUNK
 from flashinfer.errors import CheckpointError
 
 PACKABLE = ("f32", "f16", "bf16")
+_WORDS = {"f32": "<u4", "f16": "<u2", "bf16": "<u2", "I32": "<u4", "U8": "u1"}
+"""What can be read; the last two are no values, but what others pack codes in (`quantised/`)."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,12 @@ class RawFile:
         """Offset in the file, word type, rows and columns (as they are stored) of a tensor that can be packed."""
         place = self.places[name]
         rows, cols = place.info.matrix[::-1] if place.transposed else place.info.matrix
-        if place.info.dtype not in PACKABLE:
+        if place.info.dtype not in _WORDS:
             raise CheckpointError(
                 f"tensor {name} of {self.path} is {place.info.dtype}; F32, F16 and BF16 can be packed: "
                 "convert the checkpoint to one of them"
             )
-        return place.offset, "<u4" if place.info.dtype == "f32" else "<u2", rows, cols
+        return place.offset, _WORDS[place.info.dtype], rows, cols
 
     def _fill(self, name: str, out: npt.NDArray[np.unsignedinteger], offset: int) -> None:
         """Read exactly `out`'s bytes from `offset`."""

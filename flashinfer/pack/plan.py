@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -19,7 +19,16 @@ from flashinfer.quant import PLAIN
 from flashinfer.store.dense import DensePlan, DenseTensor, plan_dense
 from flashinfer.store.facts import Facts
 from flashinfer.store.geometry import round_up
-from flashinfer.store.manifest import FORMAT, NO_HASH, VERSION, FileEntry, Manifest, NeuronLayer, encode_manifest
+from flashinfer.store.manifest import (
+    FORMAT,
+    NO_HASH,
+    VERSION,
+    FileEntry,
+    Manifest,
+    NeuronLayer,
+    Origin,
+    encode_manifest,
+)
 from flashinfer.store.neurons import BundlePart, PartRole, file_size, plan_layers
 from flashinfer.store.roles import all_roles, bundle_parts, ffn_role, order_role, role_shapes
 
@@ -66,8 +75,9 @@ def plan_pack(source: Checkpoint, match: Match, options: PackOptions) -> PackPla
     _check_options(options, match)
     orders = _orders(options.permutation, match.facts)
     layers = _plan_layers(source, match, options, orders)
-    bundled = {ffn_role(i, p.role) for i, layer in enumerate(layers) for p in layer.parts}
-    dense = plan_dense(_dense_tensors(source, match, options, orders, bundled))
+    bundled = {ffn_role(i, p.role): p.codec for i, layer in enumerate(layers) for p in layer.parts}
+    dense = plan_dense(_dense_tensors(source, match, options, orders, bundled.keys()))
+    codecs = bundled | {role: t.codec for role, t in dense.entries.items()}
     draft = Manifest(
         format=FORMAT,
         version=VERSION,
@@ -79,6 +89,7 @@ def plan_pack(source: Checkpoint, match: Match, options: PackOptions) -> PackPla
         tensors=dense.entries,
         layers=layers,
         text={n: _draft_file("text-", f"-{n}", path.stat().st_size) for n, path in source.text.items()},
+        origins=_origins(source, match.sources, codecs),
     )
     sizes = [f.bytes for f in draft.files()] + [len(encode_manifest(draft))]
     return PackPlan(match, draft, dense, orders, sum(round_up(size, FILE_ALIGNMENT) for size in sizes))
@@ -111,18 +122,35 @@ def _orders(permutation: Sequence[npt.ArrayLike] | None, facts: Facts) -> dict[s
     return orders
 
 
-def _codec(source: Checkpoint, name: str, asked: str | None) -> str:
-    """Codec of a tensor: vectors are f32; matrices as asked, or as they are."""
+def _codec(source: Checkpoint, role: str, name: str, asked: str | None) -> str:
+    """Codec of a tensor: vectors are f32; matrices as asked, or as they are. One that comes quantised keeps its codes
+    where a codec holds them; down, whose rows here are its columns there, gets the nearest codec."""
     info = source.tensors[name]
     if info.dtype not in SOURCES:
         raise CheckpointError(
             f"tensor {name} is {info.dtype}; F32, F16 and BF16 can be packed: convert the checkpoint to one of them"
         )
-    return "f32" if len(info.shape) == 1 else asked or info.dtype
+    if len(info.shape) == 1:
+        return "f32"
+    if info.coded is None or asked is not None:
+        return asked or info.dtype
+    held = None if role.endswith(".down.weight") else info.coded.codec
+    return held or info.coded.nearest
+
+
+def _origins(source: Checkpoint, sources: Mapping[str, str], codecs: Mapping[str, str]) -> dict[str, Origin]:
+    """What every matrix that comes quantised was, by role."""
+    found = {}
+    for role, name in sources.items():
+        coded = source.tensors[name].coded
+        if coded is not None:
+            kept = codecs[role] == coded.codec and not role.endswith(".down.weight")
+            found[role] = Origin(coded.scheme, kept)
+    return found
 
 
 def _dense_tensors(
-    source: Checkpoint, match: Match, options: PackOptions, orders: dict[str, Order], bundled: set[str]
+    source: Checkpoint, match: Match, options: PackOptions, orders: dict[str, Order], bundled: Set[str]
 ) -> list[DenseTensor]:
     """In the order a token uses them."""
     tensors = []
@@ -133,7 +161,9 @@ def _dense_tensors(
             tensors.append(DenseTensor(role, "i32", orders[role].shape, ""))
         elif name is not None and role not in bundled:
             tensors.append(
-                DenseTensor(role, _codec(source, name, options.quant.codec(role, match.facts)), shapes[role], name)
+                DenseTensor(
+                    role, _codec(source, role, name, options.quant.codec(role, match.facts)), shapes[role], name
+                )
             )
     return tensors
 
@@ -150,7 +180,7 @@ def _plan_layers(
             [
                 BundlePart(
                     cast(PartRole, role),
-                    _codec(source, name, options.quant.codec(ffn_role(i, role), facts)),
+                    _codec(source, ffn_role(i, role), name, options.quant.codec(ffn_role(i, role), facts)),
                     1 if role.endswith(".bias") else facts.hidden_size,
                     name,
                 )

@@ -34,8 +34,7 @@ def tensor_chunks(source: Checkpoint, name: str, codec: str, allow_nonfinite: bo
     rows, cols = info.matrix
     step = max(1, COPY_CHUNK // (4 * cols))
     for start in range(0, rows, step):
-        words = source.read_rows(name, start, min(rows, start + step))
-        yield _encode(words, info.dtype, codec, name, allow_nonfinite).data.cast("B")
+        yield _rows(source, name, codec, start, min(rows, start + step), allow_nonfinite).data.cast("B")
 
 
 def layer_chunks(
@@ -64,10 +63,18 @@ def _part(source: Checkpoint, part: PartEntry, chosen: Chosen, allow_nonfinite: 
     elif part.role.endswith(".bias"):
         words = source.read_columns(name, chosen).reshape(-1, 1)
     elif isinstance(chosen, slice):
-        words = source.read_rows(name, chosen.start, chosen.stop)
+        return _rows(source, name, part.codec, chosen.start, chosen.stop, allow_nonfinite)
     else:
-        words = np.concatenate([source.read_rows(name, int(n), int(n) + 1) for n in chosen])
+        return np.concatenate([_rows(source, name, part.codec, int(n), int(n) + 1, allow_nonfinite) for n in chosen])
     return _encode(words, source.tensors[name].dtype, part.codec, name, allow_nonfinite)
+
+
+def _rows(source: Checkpoint, name: str, codec: str, start: int, stop: int, allow_nonfinite: bool) -> Bytes:
+    """Rows `[start, stop)` in `codec`: their codes as they are, where that is what the checkpoint has them in."""
+    info = source.tensors[name]
+    if info.coded is not None and info.coded.codec == codec:
+        return info.coded.rows(start, stop)
+    return _encode(source.read_rows(name, start, stop), info.dtype, codec, name, allow_nonfinite)
 
 
 def _encode(words: Words, dtype: str, codec: str, name: str, allow_nonfinite: bool) -> Bytes:

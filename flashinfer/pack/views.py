@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from flashinfer.checkpoint import Checkpoint, TensorInfo
-from flashinfer.checkpoint.base import Columns, Words
+from flashinfer.checkpoint.base import Bytes, Coded, Columns, Words
 from flashinfer.layout.view import Index, View
 from flashinfer.quant import codec_named
 
@@ -23,7 +24,7 @@ class Views:
     def __init__(self, source: Checkpoint, views: Mapping[str, View]) -> None:
         self._source, self._views = source, views
         self.path, self.config, self.text = source.path, source.config, source.text
-        cut = {name: TensorInfo(name, self._dtype(view), view.shape) for name, view in views.items()}
+        cut = {name: TensorInfo(name, self._dtype(view), view.shape, self._coded(view)) for name, view in views.items()}
         self.tensors: Mapping[str, TensorInfo] = {**source.tensors, **cut}
 
     def read_rows(self, name: str, start: int, stop: int) -> Words:
@@ -58,6 +59,19 @@ class Views:
     def _dtype(self, view: View) -> str:
         """What is added to is float32 from there on."""
         return "f32" if view.plus else self._source.tensors[view.names[0]].dtype
+
+    def _coded(self, view: View) -> Coded | None:
+        """Rows of codes are cut out as rows of values are; those of the transpose are none."""
+        coded = self._source.tensors[view.names[0]].coded
+        if coded is None or view.transposed:
+            return None if coded is None else replace(coded, codec=None)
+
+        def rows(start: int, stop: int) -> Bytes:
+            wanted = view.rows[start:stop]
+            first, last = int(wanted.min()), int(wanted.max()) + 1
+            return coded.rows(first, last)[wanted - first]
+
+        return replace(coded, rows=rows)
 
     def _rows(self, view: View, rows: Index) -> Words:
         """Those rows of the checkpoint's matrix (once transposed), in that order."""

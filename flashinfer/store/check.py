@@ -63,6 +63,9 @@ def check_manifest(m: Manifest, where: str) -> None:
         _check_layer(m, i, layer, need)
         _check_parts(m, i, layer, need)
     _check_disjoint(m, need)
+    bundled = {ffn_role(i, p.role) for i, layer in enumerate(m.layers) for p in layer.parts}
+    for role in m.origins:
+        need(role in m.tensors or role in bundled, f"an origin of {role[:80]!r}, which is not there")
 
 
 def check_facts(f: Facts, need: Need) -> None:

@@ -77,12 +77,21 @@ class NeuronLayer(_Strict, frozen=True):
     experts: tuple[tuple[int, int], ...] | None = None
 
 
+class Origin(_Strict, frozen=True):
+    """What a matrix was in a checkpoint that others quantised: `scheme` in words; whether its scales and codes were
+    `kept` as they are, or its values rounded to the codec it has here."""
+
+    scheme: str
+    kept: bool
+
+
 class Manifest(_Strict, frozen=True):
     """All that is in a store. Tensor names are roles (`layers.0.attn.q.weight`, `head.weight`, ...).
 
     `text` maps `tokenizer.json`, `tokenizer.model`, `generation_config.json`, `tokenizer_config.json`,
     ... (the names the checkpoint used) to files. `sections` maps `calibration` to what
-    `store.calibration` says; other names are for later additions.
+    `store.calibration` says; other names are for later additions. `origins` are by role, of matrices that came
+    quantised; a manifest without any has no such key.
     """
 
     format: str
@@ -97,6 +106,7 @@ class Manifest(_Strict, frozen=True):
     text: dict[str, FileEntry]
     sections: dict[str, FileEntry] = {}
     predictors: FileEntry | None = None
+    origins: dict[str, Origin] = {}
 
     def files(self) -> list[FileEntry]:
         """Every file the store needs, the manifest aside."""
@@ -123,4 +133,6 @@ class Manifest(_Strict, frozen=True):
 def encode_manifest(manifest: Manifest) -> bytes:
     """Canonical JSON: two-space indent, keys in declaration order, a newline at the end."""
     table = {name: getattr(manifest, name) for name in manifest.__struct_fields__}
+    if not manifest.origins:
+        del table["origins"]
     return msgspec.json.format(msgspec.json.encode(table | {"facts": facts_table(manifest.facts)}), indent=2) + b"\n"

@@ -1,0 +1,5 @@
+"""Checkpoints that others quantised: GPTQ, AWQ, bitsandbytes in four bits. `docs/checkpoints.md` says what is kept."""
+
+from flashinfer.checkpoint.quantised.checkpoint import dequantising
+
+__all__ = ["dequantising"]
