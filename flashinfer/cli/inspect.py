@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,6 +50,7 @@ def summarize(store: Store) -> dict[str, Any]:
         "neuron_bytes": neuron_weights,
         "neuron_padding": 1 - neuron_weights / m.neurons.bytes,
         "codecs": _codecs(m),
+        "origins": _origins(m),
         "alignment": m.alignment,
         "layers": [_layer(m, n) for n in m.layers],
         "predictors": _predictors(m),
@@ -76,6 +78,22 @@ def _codecs(m: Manifest) -> dict[str, int]:
             if p.elements > 1:
                 sizes[p.codec] = sizes.get(p.codec, 0) + n.neurons * codec_named(p.codec).row_bytes(p.elements)
     return sizes
+
+
+def _origins(m: Manifest) -> list[dict[str, Any]]:
+    """What came quantised: matrices alike in all layers together, where they had one scheme and have one codec."""
+    codecs = {role: t.codec for role, t in m.tensors.items()}
+    for i, layer in enumerate(m.layers):
+        codecs |= {f"layers.{i}.ffn.{p.role}": p.codec for p in layer.parts}
+    found: dict[tuple[str, bool, str], dict[str, int]] = {}
+    for role, origin in m.origins.items():
+        alike = re.sub(r"^layers\.\d+\.", "layers.*.", role)
+        counts = found.setdefault((origin.scheme, origin.kept, codecs[role]), {})
+        counts[alike] = counts.get(alike, 0) + 1
+    return [
+        {"scheme": scheme, "kept": kept, "codec": codec, "matrices": counts}
+        for (scheme, kept, codec), counts in found.items()
+    ]
 
 
 def _layer(m: Manifest, n: NeuronLayer) -> dict[str, Any]:
@@ -155,6 +173,7 @@ def _lines(s: dict[str, Any]) -> list[tuple[str, str]]:
         ("weights", f"{format_size(s['weight_bytes'])}: {format_size(s['dense_bytes'])} dense, "
                     f"{format_size(s['neuron_bytes'])} neurons"),
         ("codecs", codecs),
+        *_origin_lines(s["origins"]),
         ("neuron padding", f"{100 * s['neuron_padding']:.1f} % of the neuron file, alignment {s['alignment']} B"),
         *_layer_lines(s["layers"]),
         *_predictor_lines(s),
@@ -172,6 +191,16 @@ def _window(facts: dict[str, Any]) -> str:
 
 def _positions(facts: dict[str, Any]) -> str:
     return "rotary" if facts["rope"] else "ALiBi" if facts.get("alibi") else "learned"
+
+
+def _origin_lines(origins: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """One line for each scheme and what became of its codes."""
+    lines = []
+    for o in origins:
+        became = f"codes kept as {o['codec']}" if o["kept"] else f"rounded again, to {o['codec']}"
+        names = ", ".join(f"{count} {name}" for name, count in o["matrices"].items())
+        lines.append(("quantised before", f"{o['scheme']}; {became}: {names}"))
+    return lines
 
 
 def _layer_lines(layers: list[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -10,7 +10,9 @@ import pytest
 from flashinfer.cli import main
 from flashinfer.pack import pack
 from flashinfer.store import Store, open_store
+from tests.checkpoints import make_llama
 from tests.plain_checkpoint import OPT, write_checkpoint
+from tests.quantised_checkpoints import gptq, quantised
 from tests.store.predicted import add_predictors, calibration_for
 
 
@@ -55,6 +57,35 @@ def test_json(bundled, capsys):
     for level, measured in zip(levels, calibration.levels, strict=True):
         assert all(level[name] == getattr(measured, name) for name in ("predictor", "target", "recall", "perplexity"))
     assert summary["calibration"]["mean_density"] == {"exact": 0.25, "low-rank": 0.5}
+
+
+@pytest.fixture
+def quantised_before(tmp_path: Path) -> Path:
+    source = make_llama(tmp_path / "source", hidden_size=64, intermediate_size=128)
+    quantised(source, tmp_path / "theirs", tmp_path / "values", gptq(32))
+    pack(tmp_path / "theirs", tmp_path / "store", quant="layers.0.attn.q.weight=f16")
+    return tmp_path / "store"
+
+
+def test_what_became_of_codes_for_people(quantised_before, capsys):
+    assert main(["inspect", str(quantised_before)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("quantised before")]
+    scheme = "quantised before     gptq 4-bit, groups of 32; "
+    assert lines == [
+        f"{scheme}rounded again, to f16: 1 layers.*.attn.q.weight",
+        f"{scheme}codes kept as int4g32: 3 layers.*.attn.k.weight, 3 layers.*.attn.v.weight, 3 layers.*.attn.o.weight, "
+        "3 layers.*.ffn.gate.weight, 3 layers.*.ffn.up.weight, 2 layers.*.attn.q.weight",
+        f"{scheme}rounded again, to int4g32z: 3 layers.*.ffn.down.weight",
+    ]
+
+
+def test_what_became_of_codes_as_json(quantised_before, capsys):
+    assert main(["inspect", str(quantised_before), "--json"]) == 0
+    origins = json.loads(capsys.readouterr().out)["origins"]
+    assert {(o["kept"], o["codec"], sum(o["matrices"].values())) for o in origins} == {
+        (False, "f16", 1), (True, "int4g32", 17), (False, "int4g32z", 3)
+    }  # fmt: skip
+    assert {o["scheme"] for o in origins} == {"gptq 4-bit, groups of 32"}
 
 
 def test_a_store_that_was_never_calibrated(tmp_path, capsys):

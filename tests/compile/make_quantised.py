@@ -18,7 +18,7 @@ import numpy as np
 from tests.quant.samples import uniform, weights
 
 GOLDEN = Path(__file__).parent / "golden" / "quantised.npz"
-OUT = 32
+OUT, COLUMNS = 32, 128
 CASES: dict[str, dict[str, Any]] = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True},
     "gptq-asymmetric": {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": False},
@@ -42,49 +42,47 @@ BITSANDBYTES = {  # rows, columns, blocks; quantised twice
 }
 
 
-def chosen(columns: int, options: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
-    """Weights that the integers hold exactly, their scales and zero-points `[out, groups]`, the group of each column."""
+def recipe(options: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
+    """Integers `[out, in]`, their scales and zero-points `[out, groups]`, and the group of each column."""
+    bits, group = options["bits"], COLUMNS if options["group_size"] == -1 else options["group_size"]
+    groups, index = COLUMNS // group, np.arange(COLUMNS, dtype=np.int32) // group
+    if options.get("desc_act"):
+        index = index[np.argsort(uniform(COLUMNS, 5))]
+    scales = (1 + uniform(OUT * groups, 1).reshape(OUT, groups) % 512).astype(np.float32) / 16384
+    zeros = 1 + uniform(OUT * groups, 2).reshape(OUT, groups) % (2**bits - 1)
+    if options.get("sym", False):
+        zeros[:] = 2 ** (bits - 1)
+    return uniform(OUT * COLUMNS, 3).reshape(OUT, COLUMNS) % 2**bits, scales, zeros, index
+
+
+def chosen(options: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
+    """Weights that the recipe's integers hold exactly, as a layer; scales, zero-points and groups as tensors."""
     import torch
 
-    bits, group = options["bits"], options["group_size"]
-    groups = 1 if group == -1 else columns // group
-    index = np.arange(columns) // (columns if group == -1 else group)
-    if options.get("desc_act"):
-        index = index[np.argsort(uniform(columns, 5))]
-    scales = (1 + uniform(OUT * groups, 1).reshape(OUT, groups) % 512).astype(np.float32) / 16384
-    symmetric = options.get("sym", False)
-    zeros = 1 + uniform(OUT * groups, 2).reshape(OUT, groups) % (2**bits - 1)
-    if symmetric:
-        zeros[:] = 2 ** (bits - 1)
-    codes = uniform(OUT * columns, 3).reshape(OUT, columns) % 2**bits
-    values = (codes - zeros[:, index]) * scales[:, index]
-    return tuple(torch.from_numpy(a) for a in (values, scales, zeros.astype(np.float32), index.astype(np.int32)))
+    codes, scales, zeros, index = recipe(options)
+    linear = torch.nn.Linear(COLUMNS, OUT, bias=False)
+    linear.weight.data = torch.from_numpy((codes - zeros[:, index]) * scales[:, index]).float()
+    return linear, *(torch.from_numpy(a) for a in (scales, zeros.astype(np.float32), index))
 
 
 def gptq(options: dict[str, Any]) -> dict[str, Any]:
     import torch
     from auto_gptq.nn_modules.qlinear.qlinear_cuda import QuantLinear
 
-    columns = 128
-    values, scales, zeros, index = chosen(columns, options)
-    linear = torch.nn.Linear(columns, OUT, bias=False)
-    linear.weight.data = values.float()
-    packed = QuantLinear(options["bits"], options["group_size"], columns, OUT, False, weight_dtype=torch.float32)
+    linear, scales, zeros, index = chosen(options)
+    packed = QuantLinear(options["bits"], options["group_size"], COLUMNS, OUT, False, weight_dtype=torch.float32)
     packed.pack(linear, scales, zeros, index)
-    values = packed(torch.eye(columns)).T.contiguous()
+    values = packed(torch.eye(COLUMNS)).T.contiguous()
     parts = {"qweight": packed.qweight, "qzeros": packed.qzeros, "scales": packed.scales.half(), "g_idx": packed.g_idx}
     return parts | {"values": values}
 
 
 def awq(options: dict[str, Any]) -> dict[str, Any]:
-    import torch
     from awq.modules.linear.gemm import WQLinear_GEMM
     from awq.utils.packing_utils import dequantize_gemm
 
-    columns, group = 128, options["group_size"]
-    values, scales, zeros, _ = chosen(columns, options)
-    linear = torch.nn.Linear(columns, OUT, bias=False)
-    linear.weight.data = values.float()
+    group = options["group_size"]
+    linear, scales, zeros, _ = chosen(options)
     made = WQLinear_GEMM.from_linear(linear, 4, group, scales=scales.T.contiguous(), zeros=zeros.T.contiguous())
     values = dequantize_gemm(made.qweight, made.qzeros, made.scales.float(), 4, group).T.contiguous()
     return {"qweight": made.qweight, "qzeros": made.qzeros, "scales": made.scales, "values": values}

@@ -8,10 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from flashinfer.checkpoint import Checkpoint, open_checkpoint
+from flashinfer.layout.view import View
+from flashinfer.pack.views import Views
 from flashinfer.quant import codec_named
-from tests.compile.make_quantised import CASES, golden
+from tests.compile.make_quantised import CASES, golden, recipe
+from tests.quantised_checkpoints import Floats, Integers, awq_parts, bitsandbytes_parts, dynamic_map, gptq_parts
 
 HELD = {
     "gptq": "int4g32", "gptq-asymmetric": "int4g64iz", "gptq-whole-row": "int4g128", "gptq-act-order": None,
@@ -28,8 +32,6 @@ NEAREST = {
 
 def write(path: Path, options: dict[str, Any], tensors: dict[str, np.ndarray]) -> Path:
     """A checkpoint of one module, `m`."""
-    from safetensors.numpy import save_file
-
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps({"quantization_config": options}))
     save_file({f"m.{name}": np.ascontiguousarray(t) for name, t in tensors.items()}, path / "model.safetensors")
@@ -118,3 +120,70 @@ def test_what_it_was_is_said_in_words(case):
             "awq": "awq 4-bit, groups of 64", "nf4": "bitsandbytes nf4, blocks of 128",
             "nf4-nested": "bitsandbytes nf4, blocks of 64, double quantisation"}  # fmt: skip
     assert name not in said or source.tensors["m.weight"].coded.scheme == said[name]
+
+
+@pytest.mark.parametrize("case", ["gptq-asymmetric", "gptq-act-order", "awq"])
+def test_the_tests_own_writers_pack_integers_as_the_others_do(case):
+    options, tensors, values = golden(case)
+    codes, scales, zeros, index = recipe(options)
+    made = Integers(codes.astype(np.uint8), scales.astype(np.float16), zeros.astype(np.uint8), index)
+    assert np.array_equal(made.values, values)
+    parts = awq_parts(made) if case == "awq" else gptq_parts(made)
+    assert parts.keys() == tensors.keys()
+    assert all(np.array_equal(parts[name], tensors[name]) for name in parts)
+
+
+@pytest.mark.parametrize("case", ["nf4-nested", "nf4-astride"])
+def test_and_floats(case):
+    _, tensors, values = golden(case)
+    halves = tensors["weight"]
+    codes = np.concatenate([halves >> 4, halves & 15], axis=1).reshape(values.shape)
+    state = json.loads(tensors["weight.quant_state.bitsandbytes__nf4"].tobytes())
+    second = (tensors["weight.absmax"], tensors["weight.nested_absmax"], np.float32(state["nested_offset"]))
+    largest = np.repeat(second[1], 256)[: len(second[0])]
+    made = Floats(codes, dynamic_map()[second[0]] * largest + second[2], second)
+    assert np.array_equal(made.values, values)
+    parts = bitsandbytes_parts(made)
+    assert parts.keys() == tensors.keys()
+    assert all(np.array_equal(parts[name], tensors[name]) for name in parts if "state" not in name)
+
+
+def test_a_layout_cuts_codes_out_as_it_cuts_values(case):
+    """Some rows in another order, as of a fused matrix; of a transposed one the codes are of no row."""
+    name, source, values = case
+    order = np.random.default_rng(0).permutation(len(values))[: len(values) // 2]
+    cut = View(("m.weight",), (len(order), values.shape[1]), order)
+    turned = View(("m.weight",), values.T.shape, np.arange(values.shape[1]), transposed=True)
+    views = Views(source, {"cut": cut, "turned": turned})
+    coded = views.tensors["cut"].coded
+    assert (coded.codec, views.tensors["turned"].coded.codec) == (HELD[name], None)
+    assert np.array_equal(views.read_rows("turned", 2, 9).view("<f4"), values.T[2:9])
+    if coded.codec is not None:
+        rows = codec_named(coded.codec).decode(coded.rows(1, 12), values.shape[1])
+        assert np.array_equal(rows, values[order[1:12]])
+
+
+def test_a_delta_or_an_adapter_makes_values_of_it(tmp_path):
+    """The sum has no codes: it is float32 like that of any other checkpoint."""
+    options, tensors, values = golden("gptq")
+    write(tmp_path / "base", options, tensors)
+    (tmp_path / "delta").mkdir()
+    (tmp_path / "delta" / "config.json").write_text("{}")
+    save_file({"m.weight": np.full_like(values, 0.5)}, tmp_path / "delta" / "model.safetensors")
+    source = open_checkpoint(tmp_path / "base", delta=tmp_path / "delta")
+    assert source.tensors["m.weight"].coded is None
+    assert np.array_equal(row_values(source, 0, 32), values + np.float32(0.5))
+    source.close()
+
+
+def test_modules_that_were_left_as_they_were(tmp_path):
+    options, tensors, _ = golden("awq")
+    path = write(tmp_path, options, tensors)
+    others = {f"m.{name}": t for name, t in tensors.items()} | {"head.weight": np.ones((2, 3), np.float16)}
+    save_file(others, path / "model.safetensors")
+    source = open_checkpoint(path)
+    assert {*source.tensors} == {"m.weight", "head.weight"}
+    assert source.tensors["head.weight"].coded is None
+    assert source.read_rows("head.weight", 0, 2).dtype == np.uint16
+    source.will_need("m.weight")
+    source.close()

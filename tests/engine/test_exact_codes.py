@@ -55,4 +55,3 @@ def test_bit_for_bit(checkpoint: Path, store: tuple[str, Path], backend: Backend
             assert np.array_equal(model.logits(session, PROMPT), prompt)
             for token, expected in zip(DECODED, decoded, strict=True):
                 assert np.array_equal(model.step(session, [token]), expected)
-

@@ -110,7 +110,8 @@ def test_manifest_is_canonical_json(tmp_path):
     for name in ("manifest.json", manifest["sections"]["calibration"]["name"]):
         text = (store / name).read_text()
         assert text == msgspec.json.format(text, indent=2) + "\n"
-    assert list(manifest) == [f.name for f in msgspec.structs.fields(Manifest)]
+    fields = [f.name for f in msgspec.structs.fields(Manifest)]
+    assert list(manifest) == [name for name in fields if name != "origins"]  # of quantised checkpoints alone
 
 
 if __name__ == "__main__":

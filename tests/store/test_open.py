@@ -79,6 +79,7 @@ FORGED: dict[str, tuple[Forge, str]] = {
     "tensor unaligned": (put("tensors/embed.weight/offset", 64), "not aligned to 4096"),
     "tensors overlap": (overlap_tensors, "overlap"),
     "layers overlap": (overlap_layers, "overlap"),
+    "origin": (lambda m: m.update(origins={"x": {"scheme": "gptq", "kept": True}}), "an origin of 'x'"),
     "layer missing": (lambda m: m["layers"].pop(), "1 neuron layers"),
     "neurons": (put("layers/0/neurons", 20), "20 neurons"),
     "no bundles": (put("layers/0/bundles_per_record", 0), "empty records"),

@@ -105,7 +105,7 @@ class Integers:
         return self._values(codes, self._groups(columns), 0, self.shape[0])
 
     def _values(self, codes: Bytes, groups: Index, start: int, stop: int) -> F32:
-        values = codes.astype(np.float32)
+        values = codes.astype(np.float32, order="C")
         values -= self._zeros(start, stop)[:, groups]
         values *= self._halves(start, stop).astype(np.float32)[:, groups]
         return values
