@@ -63,8 +63,27 @@ def test_bytes_with_a_zero_point_are_those_of_the_definition(group):
     assert codec.layout.codes(encoded, len(group))[0].tolist() == codes
 
 
+@settings(max_examples=60, deadline=None)
+@given(GROUP)
+def test_bytes_with_an_integer_zero_point_are_those_of_the_definition(group):
+    least, most = min(Fraction(float(group.min())), Fraction(0)), max(Fraction(float(group.max())), Fraction(0))
+    scale = half_above(Fraction(float((most - least) / 15)))
+    codec = codec_named("int4g32iz")
+    encoded = codec.encode(group[None])
+    stored = int(encoded[0, 2])
+    assert Fraction(float(codec.layout.scales(encoded, len(group))[0, 0])) == scale
+    assert stored == (rounded(np.float32(float(-least)), scale) if scale else 0)
+    codes = [min(15, max(0, rounded(x, scale) + stored)) for x in group]
+    assert codec.layout.codes(encoded, len(group))[0].tolist() == codes
+    values = [Fraction(float(v)) for v in codec.decode(encoded, len(group))[0]]
+    assert values == [(code - stored) * scale for code in codes]
+    assert all(
+        abs(v - Fraction(float(x))) <= scale * (1 + Fraction(1, 2**18)) for v, x in zip(values, group, strict=True)
+    )
+
+
 @pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("kind", ["", "z"])
+@pytest.mark.parametrize("kind", ["", "z", "iz"])
 def test_groups_do_not_see_each_other(group, kind):
     """A row of two groups and a piece has the scales and codes of the three alone."""
     codec = codec_named(f"int4g{group}{kind}")

@@ -6,7 +6,7 @@ import numpy as np
 
 from flashinfer.quant.dynamic import TABLE, encode_blocks
 from flashinfer.quant.nested import nested_bytes, nested_encode, nested_scales
-from flashinfer.quant.nf4 import NF4
+from flashinfer.quant.nf4 import NF4, NF4F32
 from flashinfer.quant.nf4 import TABLE as NORMAL
 from tests.quant.make_golden import COLUMNS, GOLDEN
 from tests.quant.samples import hard_rows, weights
@@ -34,6 +34,17 @@ def test_a_value_is_an_entry_times_its_scale():
     encoded = NF4.encode(rows)
     scales = np.repeat(nested_scales(encoded[:, : nested_bytes(4)]), 64, axis=1)[:, :200]
     assert np.array_equal(NF4.decode(encoded, 200), NORMAL[NF4.layout.codes(encoded, 200)] * scales)
+
+
+def test_scales_in_float32_are_the_largest_of_their_blocks():
+    """And the codes are those of nf4, which are chosen before the scales are quantised."""
+    rows = hard_rows(COLUMNS)
+    encoded = NF4F32.encode(rows)
+    largest = np.abs(rows).reshape(len(rows), -1, 64).max(axis=2)
+    assert np.array_equal(NF4F32.layout.scales(encoded, COLUMNS), largest)
+    codes = NF4F32.layout.codes(encoded, COLUMNS)
+    assert np.array_equal(codes, NF4.layout.codes(NF4.encode(rows), COLUMNS))
+    assert np.array_equal(NF4F32.decode(encoded), NORMAL[codes] * np.repeat(largest, 64, axis=1))
 
 
 def test_nested_scales_one_by_one():

@@ -23,6 +23,8 @@ from flashinfer.quant import Grouped, codec_named
 from flashinfer.quant.int8g32 import int8g32_rows
 
 Index = npt.NDArray[np.int64]
+_STRIP = 64
+"""Rows whose values are made together, so that little is needed beside codes and values."""
 
 
 class Packing(Protocol):
@@ -105,9 +107,12 @@ class Integers:
         return self._values(codes, self._groups(columns), 0, self.shape[0])
 
     def _values(self, codes: Bytes, groups: Index, start: int, stop: int) -> F32:
-        values = codes.astype(np.float32, order="C")
-        values -= self._zeros(start, stop)[:, groups]
-        values *= self._halves(start, stop).astype(np.float32)[:, groups]
+        zeros, scales = self._zeros(start, stop), self._halves(start, stop).astype(np.float32)
+        values = np.empty(codes.shape, np.float32)
+        for i in range(0, len(codes), _STRIP):
+            some = slice(i, i + _STRIP)
+            np.subtract(codes[some], zeros[some][:, groups], out=values[some], dtype=np.float32)
+            values[some] *= scales[some][:, groups]
         return values
 
     @property
@@ -154,11 +159,11 @@ def unpacked(words: Words, bits: int, order: tuple[int, ...] | None = None) -> B
 
     order: the place of each integer of a word among them; None: as they lie.
     """
-    shifts = np.arange(0, 32, bits, dtype=np.uint32)
-    found = (words[..., None] >> shifts & np.uint32((1 << bits) - 1)).astype(np.uint8)
+    raw = np.ascontiguousarray(words, dtype="<u4").view(np.uint8)
+    found = raw if bits == 8 else np.stack([raw & 15, raw >> 4], axis=-1).reshape(*raw.shape[:-1], 2 * raw.shape[-1])
     if order is not None:
-        found = found[..., np.argsort(order)]
-    return found.reshape(*words.shape[:-1], words.shape[-1] * len(shifts))
+        found = found.reshape(-1, len(order))[:, np.argsort(order)].reshape(found.shape)
+    return found
 
 
 def check_integers(parts: Parts, shape: tuple[int, int], bits: int, group: int) -> None:
