@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from flashinfer import __distribution__, __version__
 from flashinfer.checkpoint import Checkpoint
+from flashinfer.checkpoint.base import Coded
 from flashinfer.config import FILE_ALIGNMENT
 from flashinfer.errors import CheckpointError
 from flashinfer.layout import Match
@@ -124,7 +125,7 @@ def _orders(permutation: Sequence[npt.ArrayLike] | None, facts: Facts) -> dict[s
 
 def _codec(source: Checkpoint, role: str, name: str, asked: str | None) -> str:
     """Codec of a tensor: vectors are f32; matrices as asked, or as they are. One that comes quantised keeps its codes
-    where a codec holds them; down, whose rows here are its columns there, gets the nearest codec."""
+    where it can, and else gets the nearest codec."""
     info = source.tensors[name]
     if info.dtype not in SOURCES:
         raise CheckpointError(
@@ -134,8 +135,12 @@ def _codec(source: Checkpoint, role: str, name: str, asked: str | None) -> str:
         return "f32"
     if info.coded is None or asked is not None:
         return asked or info.dtype
-    held = None if role.endswith(".down.weight") else info.coded.codec
-    return held or info.coded.nearest
+    return _held(info.coded, role) or info.coded.nearest
+
+
+def _held(coded: Coded, role: str) -> str | None:
+    """The codec that keeps the codes of a matrix of that role; None for down, whose rows here are its columns there."""
+    return None if role.endswith(".down.weight") else coded.codec
 
 
 def _origins(source: Checkpoint, sources: Mapping[str, str], codecs: Mapping[str, str]) -> dict[str, Origin]:
@@ -144,8 +149,7 @@ def _origins(source: Checkpoint, sources: Mapping[str, str], codecs: Mapping[str
     for role, name in sources.items():
         coded = source.tensors[name].coded
         if coded is not None:
-            kept = codecs[role] == coded.codec and not role.endswith(".down.weight")
-            found[role] = Origin(coded.scheme, kept)
+            found[role] = Origin(coded.scheme, kept=codecs[role] == _held(coded, role))
     return found
 
 

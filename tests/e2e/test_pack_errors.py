@@ -92,6 +92,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         config(json.dumps(LLAMA | {"architectures": ["MambaForCausalLM"]})),
         ("MambaForCausalLM", "known are", "LlamaForCausalLM", "OPTForCausalLM", "docs/layouts.md"),
     ),
+    "unknown quantisation": (
+        config(json.dumps(LLAMA | {"quantization_config": {"quant_method": "hqq", "bits": 4}})),
+        ("is quantised by hqq", "gptq, awq, bitsandbytes", "or the model as it was"),
+    ),
     "truncated": (truncated, ("model.safetensors", "truncated", AGAIN)),
     "huge header": (huge_header, ("model.safetensors", str(2**62), AGAIN)),
     "header outside": (header_outside, (NAME, "lies outside the file", AGAIN)),

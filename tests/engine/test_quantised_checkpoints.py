@@ -12,11 +12,14 @@ import torch
 
 from flashinfer import pack
 from flashinfer.backend import has_native
+from flashinfer.checkpoint import raw
+from flashinfer.checkpoint.quantised import integers
 from flashinfer.config import BackendName, Cap, RunConfig
 from flashinfer.engine import Model
 from flashinfer.errors import CapTooSmallError
+from flashinfer.pack import stream
 from flashinfer.quant import codec_named
-from flashinfer.store import Manifest, open_store
+from flashinfer.store import Manifest, neurons, open_store
 from tests import twin as twins
 from tests.checkpoints import make_llama
 from tests.quantised_checkpoints import Floats, Integers, awq, bitsandbytes, gptq, quantised
@@ -151,6 +154,20 @@ def test_every_neuron_has_its_codes_whatever_the_order(made: Made, tmp_path: Pat
         with Model.open(path, Cap(weight_memory=10**9), run=run) as model:
             logits.append(model.logits(model.session(), PROMPT))
     assert np.array_equal(*logits)
+
+
+def test_the_same_bytes_whatever_the_pieces(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name, value in (
+        (neurons, "PACK_BLOCK", 3000),
+        (stream, "COPY_CHUNK", 5000),
+        (stream, "_PIECE", 700),
+        (raw, "COPY_CHUNK", 1000),
+        (integers, "COPY_CHUNK", 100),
+        (integers, "_STRIP", 5),
+    ):
+        monkeypatch.setattr(module, name, value)
+    pack(made.path, tmp_path / "other", bundles_per_record=3)
+    assert open_store(tmp_path / "other").manifest == made.manifest
 
 
 def packed_codecs(store: Path) -> dict[str, tuple[str, bool]]:
