@@ -121,7 +121,7 @@ class Backend(Protocol):
         ...
 
     def multiply(self, x: Buffer, y: Buffer | float) -> Buffer:
-        """`x * y`, `y` a vector or a number. Overwrites and returns `x`."""
+        """`x * y`, `y` a vector, a number or a buffer of the shape of `x`. Overwrites and returns `x`."""
         ...
 
     def norm(
@@ -160,18 +160,18 @@ class Backend(Protocol):
         ...
 
     def decide(self, gate: Buffer, x: Buffer, index: Index, memory: Bytes, offsets: Index, bundle: Bundle) -> None:
-        """`gate[:, index[t, n]] = x @ row + bias` for the decision rows in the bundles, with the bits that `linear` and
-        `add` give on the whole matrix. `index` int64 `[tiles, TILE_NEURONS]`, each neuron at most once, -1: nothing;
-        `memory`, `offsets`: see `ffn`. Writes `gate`; what is not named stays."""
+        """`gate[:, index[t, n]] += x @ row + bias` for the decision rows in the bundles, the right side with the bits
+        that `linear` and `add` give on the whole matrix. `index` int64 `[tiles, TILE_NEURONS]`, each neuron at most
+        once, -1: nothing; `memory`, `offsets`: see `ffn`. Writes `gate`; what is not named stays."""
         ...
 
     def limit(self, gate: Buffer, skip: int, keep: Mask) -> None:
         """`gate[skip + i, ~keep[i]] = 0` for host bool `keep` `[count, neurons]`; other rows stay. Writes `gate`."""
         ...
 
-    def fire(self, gate: Buffer, activation: Activation, index: Index, threshold: float = 0.0) -> Buffer:
-        """Activated decision products in tiles: `index` int64 `[tiles, TILE_NEURONS]`, -1 pads with zero.
-        `threshold`: of the activations that have one. Result `[tiles, tokens, TILE_NEURONS]`."""
+    def fire(self, gate: Buffer, activation: Activation | None, index: Index, threshold: float = 0.0) -> Buffer:
+        """Activated decision products in tiles (None: as they are): `index` int64 `[tiles, TILE_NEURONS]`, -1 pads with
+        zero. `threshold`: of the activations that have one. Result `[tiles, tokens, TILE_NEURONS]`."""
         ...
 
     def ffn(self, acc: Buffer, x: Buffer, fired: Buffer, memory: Bytes, offsets: Index, bundle: Bundle) -> None:

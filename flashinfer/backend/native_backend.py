@@ -170,7 +170,11 @@ class NativeBackend:
         parts = (*_place(bundle.decision), *_place(bundle.decision_bias))
         self._engine.decide(gate, x, index, memory, offsets, bundle.bytes, *parts)
 
-    def fire(self, gate: Floats, activation: Activation, index: Index, threshold: float = 0.0) -> Floats:
+    def fire(self, gate: Floats, activation: Activation | None, index: Index, threshold: float = 0.0) -> Floats:
+        if activation is None:
+            picked = gate[:, np.maximum(index, 0)]
+            picked[:, index < 0] = 0.0
+            return np.ascontiguousarray(picked.swapaxes(0, 1))
         out = np.empty((len(index), len(gate), TILE_NEURONS), dtype=np.float32)
         self._engine.fire(out, gate, ACTIVATIONS[activation], threshold, index)
         return out

@@ -214,7 +214,7 @@ class TorchBackend:
         columns = torch.from_numpy(rows).to(self._device)
         for t, products in times(x, w):
             chosen = products[:, columns - first]
-            gate[t : t + len(products), columns] = chosen if bias is None else chosen + bias
+            gate[t : t + len(products), columns] += chosen if bias is None else chosen + bias
 
     def _gathered(self, memory: Tensor, at: Index, part: Part) -> Tensor:
         """One part of the bundles at those bytes: uint8 `[len(at), bytes]` in this thread's scratch."""
@@ -227,10 +227,11 @@ class TorchBackend:
         drop = torch.from_numpy(~keep).to(self._device)
         gate[skip : skip + len(keep)].masked_fill_(drop, 0.0)
 
-    def fire(self, gate: Tensor, activation: Activation, index: Index, threshold: float = 0.0) -> Tensor:
+    def fire(self, gate: Tensor, activation: Activation | None, index: Index, threshold: float = 0.0) -> Tensor:
         at = torch.from_numpy(index).to(self._device)
         picked = gate[:, at.clamp(min=0)].permute(1, 0, 2).contiguous()
-        return activated(picked, activation, threshold).masked_fill_((at < 0)[:, None, :], 0.0)
+        active = picked if activation is None else activated(picked, activation, threshold)
+        return active.masked_fill_((at < 0)[:, None, :], 0.0)
 
     def copy(self, memory: Bytes, targets: Index, sources: Index, size: int) -> None:
         for to, at in zip(targets.tolist(), sources.tolist(), strict=True):

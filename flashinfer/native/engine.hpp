@@ -82,7 +82,7 @@ class Engine {
     void linear(float* out, long out_stride, const float* x, long tokens, const std::uint8_t* weights,
                 const Codec& codec, long rows, long cols);
 
-    // out[t, index] = x[t] . row + bias for each row, with the bits of `linear`; rows of `out` hold `neurons` values.
+    // out[t, index] += x[t] . row + bias for each row, with the bits of `linear`; rows of `out` hold `neurons` values.
     void decide(float* out, long neurons, const float* x, long tokens, long width, const Decision& decision);
 
     // acc[t] += what the neurons give for x[t], one neuron after the other.

@@ -38,7 +38,7 @@ void Engine::decide(float* out, long neurons, const float* x, long tokens, long 
                     const std::uint8_t* bias = rows[a + r] - d.rows.offset + d.bias.offset;
                     if (d.bias.offset >= 0) add_bias(table_, d.bias.codec->type, bias, products + r, many, share);
                     float* to = out + (first + t) * neurons + place[a + r];
-                    for (long i = 0; i < many; i++) to[i * neurons] = products[i * share + r];
+                    for (long i = 0; i < many; i++) to[i * neurons] += products[i * share + r];
                 }
             }
         });

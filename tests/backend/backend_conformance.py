@@ -358,13 +358,13 @@ class BackendConformance:
     @pytest.mark.parametrize("share", [0.02, 0.5, 1.0])
     @pytest.mark.parametrize("width", [40, 133])
     def test_decide(self, backend: Backend, codec: str, bias: bool, tokens: int, share: float, width: int) -> None:
-        """The bits of the separate matrix, wherever the bundles lie, and nothing else written."""
+        """The bits of the separate matrix are added, wherever the bundles lie, and nothing else is written."""
         layer = Layer(codec, 300, width, gated=True, bias=bias, decision=True)
         x, before = backend.place(normal(7, tokens, width)), np.full((tokens, 300), 7, np.float32)
         needed = np.flatnonzero(np.random.default_rng(3).random(300) < share)
-        expected = layer.products(backend, x, before)
-        unnamed = np.setdiff1d(np.arange(300), needed)
-        expected[:, unnamed] = 7
+        before[:, ::2] = 0
+        expected = before.copy()
+        expected[:, needed] += layer.products(backend, x, before)[:, needed]
         for index in (packed_tiles(needed), places_in_tiles(needed, 300)):
             gate = backend.place(before)
             backend.decide(gate, x, index, layer.memory, layer.offsets(index), layer.bundle)
@@ -388,6 +388,15 @@ class BackendConformance:
         assert found.shape == (3, tokens, TILE_NEURONS)
         expected = np.where(index < 0, 0, activated(gate, kind, 0.75)[:, np.maximum(index, 0)]).swapaxes(0, 1)
         assert np.allclose(found, expected, rtol=3e-6, atol=2e-6)
+
+    @pytest.mark.parametrize("tokens", [1, 16])
+    def test_fire_without_an_activation(self, backend: Backend, tokens: int) -> None:
+        """The products themselves, to the bit."""
+        gate = normal(1, tokens, 150)
+        index = np.random.default_rng(2).permutation(192).reshape(3, TILE_NEURONS) - 42
+        found = backend.fetch(backend.fire(backend.place(gate), None, index))
+        expected = np.where(index < 0, np.float32(0), gate[:, np.maximum(index, 0)]).swapaxes(0, 1)
+        assert same(found, expected)
 
     @pytest.mark.parametrize("codec", CODECS)
     @pytest.mark.parametrize(("gated", "bias"), [(True, False), (True, True), (False, False)])

@@ -66,12 +66,13 @@ class CodeConformance:
     @pytest.mark.parametrize("codec", CODES, ids=name_of)
     @pytest.mark.parametrize("tokens", [1, 48])
     def test_decide(self, backend: Backend, codec: str | Codec, tokens: int) -> None:
-        """The bits of the separate matrix, wherever the bundles lie, and nothing else written."""
+        """The bits of the separate matrix are added, wherever the bundles lie, and nothing else is written."""
         layer = Layer(codec, 150, 72, gated=True, bias=True, decision=True)
         x, before = backend.place(normal(7, tokens, 72)), np.full((tokens, 150), 7, np.float32)
         needed = np.flatnonzero(np.random.default_rng(3).random(150) < 0.5)
-        expected = layer.products(backend, x, before)
-        expected[:, np.setdiff1d(np.arange(150), needed)] = 7
+        before[:, ::2] = 0
+        expected = before.copy()
+        expected[:, needed] += layer.products(backend, x, before)[:, needed]
         gate, index = backend.place(before), packed_tiles(needed)
         backend.decide(gate, x, index, layer.memory, layer.offsets(index), layer.bundle)
         assert same(backend.fetch(gate), expected)

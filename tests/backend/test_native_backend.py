@@ -179,7 +179,7 @@ def test_a_decision_bias_is_added_as_add_does(backends) -> None:
         x = np.float32([[-0.0], [1], [-3.4], [1e-45]] * 4)
         for backend in backends:
             for some in (x, x[:1], x[2:3]):
-                gate = backend.zeros(len(some), 8)
+                gate = np.full((len(some), 8), -0.0, np.float32)  # added to, it changes no sign
                 backend.decide(gate, some, index, rows.reshape(-1), offsets, bundle)
                 product = backend.zeros(len(some), 8)
                 matrix = np.repeat(np.float32(1e38), 8).view(np.uint8)
