@@ -65,6 +65,26 @@ def choices(m: Manifest, calibration: Calibration | None, asked: str, max_ppl_in
     return [Choice(kind, _level(m, calibration, kind, target))]
 
 
+def under_adapter(m: Manifest, asked: str, decides: bool) -> Choice:
+    """What is left of `asked` with a run-time adapter: what a store was calibrated for holds without one.
+
+    decides: it changes decision products, of which the certified predictor knows only the store's. Then a store whose
+    decision matrices are in its bundles reads all neurons.
+
+    Raises:
+        PredictorError: a predictor that would have to be calibrated with the adapter, or that the store has not.
+        ValueError: there is no such name.
+    """
+    name, _ = parse_predictor(asked)
+    if name in APPROXIMATIONS or (name == "certified" and decides):
+        raise PredictorError(
+            f"the {name} predictor belongs to a store without an adapter; use exact, or make a store with "
+            "`flashinfer pack --merge-adapter` and calibrate that"
+        )
+    (found,) = choices(m, None, "exact" if name == "auto" else name, 0.0)
+    return Choice("all") if found.kind == "certified" and decides else found
+
+
 def parse_predictor(asked: str) -> tuple[str, str]:
     """The name, and the target behind the colon or an empty text. Raises ValueError: there is no such name."""
     name, colon, target = asked.partition(":")

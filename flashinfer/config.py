@@ -7,6 +7,7 @@ Tile sizes are part of the arithmetic: changing one changes the last bits of eve
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from flashinfer.units import KIB, MIB
@@ -127,6 +128,8 @@ class RunConfig:
     """What keys and values are rounded to; f16 is an approximation."""
     threads: int = 0
     """Compute threads; 0 means the cores this process may run on."""
+    adapter: Path | None = None
+    """A LoRA adapter to apply, as the directory peft saved."""
     prefill_chunk: int = 128
     """Prompt tokens per chunk: each needed record is read once per chunk."""
     staging: int = 4 * MIB

@@ -18,6 +18,7 @@ from flashinfer.errors import CapExceededError, FlashInferError, PromptError, Se
 from flashinfer.io import Reader, ReaderFactory, open_reader
 from flashinfer.ledger import Ledger
 from flashinfer.memory import Mode, conditions_of
+from flashinfer.model.adapter import Adapter
 from flashinfer.model.decoder import Decoder
 from flashinfer.model.observe import Observer
 from flashinfer.model.rows import Rows, decode_row, prefill_rows
@@ -90,6 +91,7 @@ class Model:
         self.store, self.plan, self.ledger = store, settled.plan, ledger
         self.facts: Facts = store.manifest.facts
         self.choice: Choice = settled.subject.choice
+        self.adapter_id = settled.subject.adapter.identity if settled.subject.adapter is not None else ""
         self._reader, self._weights, self._decoder, self._settled = reader, weights, decoder, settled
         self._closed = False
 
@@ -113,7 +115,7 @@ class Model:
 
         Raises:
             StoreError, StoreReadError, CapTooSmallError, DeviceError, PromptError (context beyond the model's),
-            PredictorError (the store does not have what `run.predictor` asks for).
+            PredictorError (the store does not have what `run.predictor` asks for), CheckpointError (`run.adapter`).
         """
         run = run or RunConfig()
         machine.return_freed_memory()
@@ -127,12 +129,14 @@ class Model:
             settled = settle(store, reader, backend, cap, context=context, run=run, mode=mode)
             manifest, choice, plan = settled.subject.manifest, settled.subject.choice, settled.plan
             geometries = [store.geometry(i) for i in range(manifest.facts.num_layers)]
-            ledger = Ledger(trace=trace)
+            ledger, changes = Ledger(trace=trace), settled.subject.adapter
+            adapter = Adapter(backend, () if changes is None else changes.changes())
             with ledger.phase(ledger.load, 0):
                 weights = StreamedWeights(manifest, geometries, reader, backend, plan, run, mode, choice, ledger)
             decoder = Decoder(
-                manifest.facts, weights, plan.context, window=run.cache.window, choice=choice, ledger=ledger
-            )
+                manifest.facts, weights, plan.context, window=run.cache.window, choice=choice, ledger=ledger,
+                adapter=adapter,
+            )  # fmt: skip
         except BaseException:
             reader.close()
             backend.close()

@@ -1,12 +1,12 @@
 """Every error this package raises on purpose.
 
     FlashInferError            caught by the CLI: one line on stderr, exit 1
-    ├── CheckpointError        what the user gave to `pack` cannot be used
+    ├── CheckpointError        what the user gave to `pack`, or an adapter, cannot be used
     │   └── LayoutError        no layout fits it, or the layout file itself is wrong
     ├── StoreError             a weight store is missing, damaged or too new
     │   ├── StoreReadError     an I/O error while reading it: file, offset, length
     │   └── StoreBusyError     another writer holds its lock
-    ├── PredictorError         the store has no such predictor: it was not calibrated, or not for that
+    ├── PredictorError         the store has no such predictor: it was not calibrated, or not for that or an adapter
     ├── QuantError             a store cannot be quantised as asked
     ├── DiskFullError          not enough room on the disk for what was asked
     ├── CapTooSmallError       the memory cap lies below the floor; `.floor` says it
@@ -37,7 +37,7 @@ class FlashInferError(Exception):
 
 
 class CheckpointError(FlashInferError):
-    """The checkpoint is missing, damaged, or not something that can be packed."""
+    """A checkpoint or an adapter is missing, damaged, or not something that can be packed or applied."""
 
 
 class LayoutError(CheckpointError):

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashinfer import machine
+from flashinfer.adapter import StoreAdapter, read_adapter
 from flashinfer.backend import Backend
-from flashinfer.choice import Choice, choices, restricted
+from flashinfer.choice import Choice, choices, restricted, under_adapter
 from flashinfer.config import Cap, RunConfig
 from flashinfer.errors import CapTooSmallError, PromptError
 from flashinfer.firing import firing_of
 from flashinfer.io import Reader
-from flashinfer.memory import Mode, Plan, Request, conditions_of, resolve
+from flashinfer.memory import AdapterNeeds, Mode, Plan, Request, conditions_of, resolve
 from flashinfer.speed import predict
 from flashinfer.store import Calibration, Facts, Manifest, Store
 from flashinfer.units import MIB, format_size
@@ -33,11 +34,13 @@ def threads_for(manifest: Manifest, run: RunConfig) -> int:
 
 @dataclass(frozen=True)
 class Subject:
-    """A store as a run sees it: the manifest without what the run does not use, and the predictor that it does."""
+    """A store as a run sees it: the manifest without what the run does not use, the predictor that it does, and the
+    adapter."""
 
     manifest: Manifest
     choice: Choice
     calibration: Calibration | None
+    adapter: StoreAdapter | None = None
 
 
 def subjects_of(store: Store, run: RunConfig, mode: Mode) -> list[Subject]:
@@ -45,13 +48,17 @@ def subjects_of(store: Store, run: RunConfig, mode: Mode) -> list[Subject]:
 
     Raises:
         PredictorError: the store does not have it. StoreError: the calibration is damaged.
+        CheckpointError: the adapter is damaged, or for another model.
     """
-    calibration = store.calibration()
+    calibration, m = store.calibration(), store.manifest
+    adapter = None if run.adapter is None else read_adapter(run.adapter, store)
     if mode == "naive":
         found = [Choice("all")]
+    elif adapter is not None:
+        found = [under_adapter(m, run.predictor, adapter.decides)]
     else:
-        found = choices(store.manifest, calibration, run.predictor, run.max_ppl_increase)
-    return [Subject(restricted(store.manifest, choice), choice, calibration) for choice in found]
+        found = choices(m, calibration, run.predictor, run.max_ppl_increase)
+    return [Subject(restricted(m, choice), choice, calibration, adapter) for choice in found]
 
 
 def files_of(store: Store) -> list[Path]:
@@ -83,6 +90,7 @@ def settle(
 
     Raises:
         PredictorError: the store has none such. PromptError: a context beyond the model's.
+        CheckpointError: the adapter is damaged, or for another model.
         CapTooSmallError: the cap is below the floor of all of them.
     """
     found, error = [], None
@@ -131,6 +139,7 @@ def request_for(
         footprint=backend.footprint,
         choice=subject.choice,
         firing=firing_of(subject.manifest, subject.choice, subject.calibration),
+        adapter=AdapterNeeds() if subject.adapter is None else subject.adapter.needs,
     )
 
 

@@ -168,7 +168,7 @@ def _prompt_seconds(c: Conditions, plan: Plan, tokens: int) -> float:
 def step_cost(c: Conditions, plan: Plan, tokens: int, *, head: bool = True) -> tuple[Cost, Cost]:
     """A step of so many tokens: the feed-forward layers (with their decision matrices), and all the rest."""
     m = c.manifest
-    ffn, rest = Cost(), Cost(compute=LAYER_SECONDS * len(m.layers))
+    ffn, rest = Cost(), Cost(compute=LAYER_SECONDS * len(m.layers)) + _adapter_cost(c, plan, tokens)
     for name in multiplied(m):
         if name != head_of(m):
             cost = matrix_cost(c, name, plan, tokens)
@@ -190,6 +190,12 @@ def head_of(m: Manifest) -> str:
 def multiplied(m: Manifest) -> list[str]:
     """Dense matrices a token is multiplied with: tables that are only looked up are not among them."""
     return [name for name, t in m.tensors.items() if len(t.shape) == 2 and (name not in TABLES or name == head_of(m))]
+
+
+def _adapter_cost(c: Conditions, plan: Plan, tokens: int) -> Cost:
+    """Multiplying with an adapter's matrices; the calls around them are within LAYER_SECONDS."""
+    rate = c.rates.linear if tokens == 1 else c.rates.linear_prompt / math.ceil(tokens / TILE_TOKENS)
+    return Cost(weights=plan.weight_adapter, compute=plan.weight_adapter / rate)
 
 
 def matrix_cost(c: Conditions, name: str, plan: Plan, tokens: int) -> Cost:

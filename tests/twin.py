@@ -7,7 +7,7 @@ has in which codec, and it encodes the checkpoint itself.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file
 
+from flashinfer.adapter import Change
 from flashinfer.backend import Backend, Buffer, Bundle, Part, open_backend
 from flashinfer.choice import Choice
 from flashinfer.config import TILE_NEURONS, BackendName, KvType
+from flashinfer.model.adapter import Adapter
 from flashinfer.model.decoder import Decoder
 from flashinfer.model.rows import decode_row, prefill_rows
 from flashinfer.model.weights import Group, no_guess
@@ -153,12 +155,14 @@ class Twin:
     def __init__(
         self, path: Path, facts: Facts, *, threads: int = 1, context: int = 256,
         kv_type: KvType = "f32", backend: BackendName = "auto", choice: Choice | None = None,
-        store: Store | None = None, quant: str | None = None,
+        store: Store | None = None, quant: str | None = None, changes: Iterable[tuple[str, Change]] = (),
     ) -> None:  # fmt: skip
-        """choice, store: a predictor, and the store its tensors are taken from. quant: see `TwinWeights`."""
+        """choice, store: a predictor, and the store its tensors are taken from. quant: see `TwinWeights`. changes: of
+        an adapter."""
         assert TILE_NEURONS > 0
         self.weights = TwinWeights(path, facts, open_backend("cpu", threads, backend), store, quant)
-        self.decoder = Decoder(facts, self.weights, context, window=5, choice=choice)
+        adapter = Adapter(self.weights.backend, changes)
+        self.decoder = Decoder(facts, self.weights, context, window=5, choice=choice, adapter=adapter)
         self.kv = self.decoder.new_kv(context, kv_type)
         self.length = 0
 

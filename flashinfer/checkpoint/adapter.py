@@ -48,10 +48,11 @@ class Adapter:
     """An open adapter. Names are those of the model's tensors, as transformers has them.
 
     `low_rank` is what is added, `saved` the tensors that take the place of the model's (trained as a whole: biases,
-    `modules_to_save`). `file` is theirs to read from; close it when done.
+    `modules_to_save`) or kept beside. `file` is theirs to read from; close it when done.
     """
 
     path: Path
+    config: AdapterConfig
     file: RawFile
     low_rank: Mapping[str, LowRank]
     saved: Mapping[str, TensorInfo]
@@ -97,7 +98,7 @@ def _sorted_out(root: Path, file: RawFile, config: AdapterConfig) -> Adapter:
     if not pairs and not saved:
         raise CheckpointError(f"{root} holds no tensors; download it again")
     low_rank = {f"{m}.weight": _low_rank(root, config, m, embedding, parts) for (m, embedding), parts in pairs.items()}
-    return Adapter(root, file, low_rank, saved)
+    return Adapter(root, config, file, low_rank, saved)
 
 
 def _low_rank(

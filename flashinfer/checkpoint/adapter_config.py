@@ -34,6 +34,7 @@ class _Fields(msgspec.Struct, frozen=True):
     fan_in_fan_out: bool = False
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
+    modules_to_save: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ class AdapterConfig:
     def alpha(self, module: str) -> float:
         """Alpha of a module; `alpha_pattern` counts before `lora_alpha`."""
         return self._of(self.fields.alpha_pattern, module, self.fields.lora_alpha)
+
+    def trains(self, name: str) -> bool:
+        """Whether a tensor was trained as a whole; peft saves embeddings and heads that were not beside them."""
+        modules = name.split(".")
+        return any(saved.split(".")[-1] in modules for saved in self.fields.modules_to_save)
 
     def _of(self, patterns: Mapping[str, float], module: str, default: float) -> float:
         """The first pattern that matches the end of the name, as in `peft.utils.get_pattern_key`."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashinfer.cli.options import MemoryOption, WeightMemoryOption, parse_cap, usage_errors
+from flashinfer.cli.options import AdapterOption, MemoryOption, WeightMemoryOption, parse_cap, usage_errors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,6 +31,7 @@ def command(
         list[str] | None,
         typer.Option(metavar="NAME[:TARGET]", help="Compare these predictors instead of modes; give it several times."),
     ] = None,
+    adapter: AdapterOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Decode the same tokens in every mode (or with every predictor), in turn, and print medians.
@@ -55,7 +56,7 @@ def command(
     opened = open_store(store)
     tokenizer = load_tokenizer({name: opened.path_of(entry) for name, entry in opened.manifest.text.items()})
     settings = [Setting("cached", "time", name) for name in predictor or ()] or COMPARISON
-    run = RunConfig()
+    run = RunConfig(adapter=adapter)
     with Console(stderr=True, highlight=False).status("") as status:
         with closing(open_backend("cpu", threads_for(opened.manifest, run), run.backend)) as backend:
             basis = measured_basis(opened, backend, run, room=room_under(cap), progress=status.update)

@@ -12,6 +12,7 @@ from flashinfer.cli.options import (
     DEFAULT_BACKEND,
     DEFAULT_KV,
     DEFAULT_PPL,
+    AdapterOption,
     BackendOption,
     KvOption,
     LogLevelOption,
@@ -78,6 +79,7 @@ def command(
     backend: BackendOption = DEFAULT_BACKEND,
     predictor: PredictorOption = RunConfig.predictor,
     max_ppl_increase: MaxPplOption = DEFAULT_PPL,
+    adapter: AdapterOption = None,
     kv_type: KvOption = DEFAULT_KV,
     device: DeviceOption = Device.CPU,
     log_level: LogLevelOption = None,
@@ -102,7 +104,7 @@ def command(
     with load(
         store, memory=cap.memory, weight_memory=cap.weight_memory, context=context, window=window,
         io_objective=io_objective.value, threads=threads, device=device.value, backend=backend.value,
-        predictor=predictor, max_ppl_increase=worse, kv_type=kv_type.value,
+        predictor=predictor, max_ppl_increase=worse, adapter=adapter, kv_type=kv_type.value,
     ) as model:  # fmt: skip
         with Chat(model, ChatFormat(template, model.tokenizer), system=system, context_shift=context_shift) as chat:
             options = {"max_new_tokens": max_new_tokens, "stop": stop or [], **sampling}

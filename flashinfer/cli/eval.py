@@ -16,6 +16,7 @@ from flashinfer.cli.options import (
     DEFAULT_BACKEND,
     DEFAULT_KV,
     DEFAULT_PPL,
+    AdapterOption,
     BackendOption,
     KvOption,
     LogLevelOption,
@@ -90,6 +91,7 @@ def command(
     kv_type: KvOption = DEFAULT_KV,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.CPU,
     max_ppl_increase: MaxPplOption = DEFAULT_PPL,
+    adapter: AdapterOption = None,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Draw quality against bytes to FILE (.png, .svg, .pdf); needs matplotlib."),
@@ -112,7 +114,7 @@ def command(
         raise typer.BadParameter("--plot shows bytes per token: give --decode-tokens")
     run = RunConfig(
         io=IoConfig(objective=io_objective.value), cache=CacheConfig(window=window), backend=backend.value,
-        threads=threads, max_ppl_increase=worse, kv_type=kv_type.value,
+        threads=threads, max_ppl_increase=worse, kv_type=kv_type.value, adapter=adapter,
     )  # fmt: skip
     from flashinfer.cli.eval_report import notes, points, report, table
     from flashinfer.cli.progress import token_progress

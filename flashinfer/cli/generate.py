@@ -17,6 +17,7 @@ from flashinfer.cli.options import (
     DEFAULT_BACKEND,
     DEFAULT_KV,
     DEFAULT_PPL,
+    AdapterOption,
     BackendOption,
     KvOption,
     LogLevelOption,
@@ -91,6 +92,7 @@ def command(
     backend: BackendOption = DEFAULT_BACKEND,
     predictor: PredictorOption = RunConfig.predictor,
     max_ppl_increase: MaxPplOption = DEFAULT_PPL,
+    adapter: AdapterOption = None,
     kv_type: KvOption = DEFAULT_KV,
     device: DeviceOption = Device.CPU,
     session: Annotated[
@@ -133,11 +135,10 @@ def command(
     cap, (predictor, worse) = parse_cap(memory, weight_memory), parse_predictor_options(predictor, max_ppl_increase)
     resumed = session is not None and session.exists()
     text = read_prompt(prompt, file, optional=resumed)
-    from flashinfer.generate import chat_template_of, load, load_conversation, store_id
-    from flashinfer.store import open_store
+    from flashinfer.generate import chat_template_of, load
     from flashinfer.text import ChatFormat, TurnEnd, opening
 
-    past = load_conversation(session, store_id(open_store(store).manifest)).tokens if session and resumed else ()
+    past = _past_tokens(session, store, adapter) if session and resumed else ()
     template = chat_template_of(store, chat_template) if chat else None
 
     @cache  # once: a chat template is rendered in a process of its own
@@ -154,7 +155,7 @@ def command(
     with Trace(trace) if trace else nullcontext() as timeline, load(
         store, memory=cap.memory, weight_memory=cap.weight_memory, context=context or room, window=window,
         io_objective=io_objective.value, threads=threads, device=device.value, backend=backend.value,
-        predictor=predictor, max_ppl_increase=worse, kv_type=kv_type.value, trace=timeline,
+        predictor=predictor, max_ppl_increase=worse, adapter=adapter, kv_type=kv_type.value, trace=timeline,
     ) as model, _recording(record, store, model):  # fmt: skip
         start, end = asked(model.tokenizer)
         stream = model.stream(
@@ -168,6 +169,17 @@ def command(
             print(json.dumps(report(model, result, predicted, basis), ensure_ascii=False))
         print(summary(model, result, predicted, basis) + place_note(store), file=sys.stderr)
         model.check_cap()
+
+
+def _past_tokens(session: Path, store: Path, adapter: Path | None) -> tuple[int, ...]:
+    """What the conversation in that file has said so far."""
+    from flashinfer.adapter import read_adapter
+    from flashinfer.generate import load_conversation, store_id
+    from flashinfer.store import open_store
+
+    opened = open_store(store)
+    identity = "" if adapter is None else read_adapter(adapter, opened).identity
+    return load_conversation(session, store_id(opened.manifest, identity)).tokens
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashinfer.cli.run_options import ADAPTED
 from flashinfer.config import RunConfig
 from flashinfer.errors import FlashInferError
 from flashinfer.units import format_size
@@ -34,6 +35,7 @@ def summary(model: TextModel, result: Generation, predicted: Prediction, basis: 
         f"{format_size(decode.bytes_per_token)} read per token (predicted {format_size(predicted.flash_bytes)})",
         f"hit rate {decode.hit_rate:.1%}",
         *([model.choice.note] if model.choice.note else []),
+        *([ADAPTED] if model.plan.weight_adapter else []),
         *([f"keys and values rounded to {model.plan.kv_type}"] if model.plan.kv_type != "f32" else []),
         f"peak memory {format_size(peak_resident_bytes())}",
     ]

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,6 +23,10 @@ MemoryOption = Annotated[
 WeightMemoryOption = Annotated[
     str | None,
     typer.Option("--weight-memory", metavar="SIZE", help="Instead: cap on memory that holds weights."),
+]
+AdapterOption = Annotated[
+    Path | None,
+    typer.Option("--adapter", metavar="DIR", help="Apply a LoRA adapter as peft saved it; the store stays as it is."),
 ]
 
 

@@ -13,6 +13,7 @@ from flashinfer.cli.options import (
     DEFAULT_BACKEND,
     DEFAULT_KV,
     DEFAULT_PPL,
+    AdapterOption,
     BackendOption,
     KvOption,
     LogLevelOption,
@@ -24,6 +25,7 @@ from flashinfer.cli.options import (
     parse_predictor_options,
     set_log_level,
 )
+from flashinfer.cli.run_options import ADAPTED
 from flashinfer.config import RunConfig
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ def command(
     backend: BackendOption = DEFAULT_BACKEND,
     predictor: PredictorOption = RunConfig.predictor,
     max_ppl_increase: MaxPplOption = DEFAULT_PPL,
+    adapter: AdapterOption = None,
     kv_type: KvOption = DEFAULT_KV,
     threads: Annotated[int, typer.Option(min=0, help="Compute threads; 0 is all cores.")] = RunConfig.threads,
     remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure disk and machine again.")] = False,
@@ -63,8 +66,9 @@ def command(
     cap = parse_cap(memory, weight_memory)
     predictor, worse = parse_predictor_options(predictor, max_ppl_increase)
     run = RunConfig(
-        backend=backend.value, kv_type=kv_type.value, threads=threads, predictor=predictor, max_ppl_increase=worse
-    )
+        backend=backend.value, kv_type=kv_type.value, threads=threads, predictor=predictor, max_ppl_increase=worse,
+        adapter=adapter,
+    )  # fmt: skip
     from rich.console import Console
 
     from flashinfer.bench.promise import promise
@@ -124,6 +128,7 @@ def _parts(plan: Plan) -> list[tuple[str, int]]:
         (matrices, plan.weight_resident),
         (f"neuron slots ({sum(plan.slots)} records)", plan.weight_slots),
         ("norms and biases", plan.weight_vectors),
+        *([("adapter", plan.weight_adapter)] if plan.weight_adapter else []),
         ("read buffers", plan.weight_staging),
         ("tiles being computed", plan.weight_scratch),
     ]
@@ -161,6 +166,7 @@ def speed_lines(found: Promise) -> list[str]:
         f"{rates.bundle / 1e9:.1f} GB/s ({basis.rates_source})",
         f"  neurons: {_firing(p)}",
         *([f"  {found.choice.note}"] if found.choice.note else []),
+        *([f"  {ADAPTED}"] if found.asked.plan is not None and found.asked.plan.weight_adapter else []),
     ]
 
 

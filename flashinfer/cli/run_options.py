@@ -28,6 +28,8 @@ class Device(StrEnum):
 DEFAULT_OBJECTIVE, DEFAULT_WINDOW, DEFAULT_THREADS = (
     Objective(IoConfig.objective), CacheConfig.window, RunConfig.threads,
 )  # fmt: skip
+ADAPTED = "with an adapter: calibrated predictors are not used"
+"""What is said of a run with one: `auto`, too, is exact then."""
 WindowOption = Annotated[int, typer.Option(min=0, help="Tokens whose neurons the cache tries to keep.")]
 TemperatureOption = Annotated[float | None, typer.Option(help="0 is greedy.")]
 TopKOption = Annotated[int | None, typer.Option(help="Draw among the K most probable tokens; 0 is off.")]

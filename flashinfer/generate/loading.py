@@ -31,6 +31,7 @@ def load(
     predictor: str = RunConfig.predictor,
     max_ppl_increase: float = RunConfig.max_ppl_increase,
     kv_type: KvType = RunConfig.kv_type,
+    adapter: str | Path | None = None,
     trace: Trace | None = None,
 ) -> TextModel:
     """Open the weight store at `store` under a memory cap.
@@ -52,6 +53,8 @@ def load(
             that costs at most `max_ppl_increase`; `all` leaves nothing out.
         max_ppl_increase: share of perplexity `auto` may cost, as measured when the store was calibrated.
         kv_type: `f32`; `f16`: half the memory for keys and values, which are rounded; `int8`: a quarter (`int8g32`).
+        adapter: a LoRA adapter to apply, as the directory peft saved; several can share a store, which stays as it is.
+            With one, `auto` is exact: calibrated predictors belong to the store without it.
         trace: shows what happens in a timeline (`flashinfer.trace`); closing it is the caller's.
 
     Raises:
@@ -60,11 +63,13 @@ def load(
         CapTooSmallError: the cap is below the model's floor.
         CapTooLargeError: `memory` is more than this process may use.
         DeviceError: the device is not there.
-        PredictorError: the store was not calibrated for that predictor.
+        PredictorError: the store was not calibrated for that predictor, or not with the adapter.
+        CheckpointError: the adapter is missing, damaged, for another model, or asks for more than a run can do.
     """
     run = RunConfig(
         io=IoConfig(objective=io_objective), cache=CacheConfig(window=window), backend=backend, kv_type=kv_type,
         threads=threads, predictor=predictor, max_ppl_increase=max_ppl_increase,
+        adapter=None if adapter is None else Path(adapter),
     )  # fmt: skip
     _check_run(run)
     if memory is not None and weight_memory is not None:

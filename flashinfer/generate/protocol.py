@@ -41,6 +41,10 @@ class Engine(StepEngine, Protocol):
         """Where the weights come from."""
 
     @property
+    def adapter_id(self) -> str:
+        """Identity of the adapter that is applied, empty where there is none."""
+
+    @property
     def plan(self) -> Plan:
         """Where the bytes of the cap go."""
 

@@ -1,4 +1,4 @@
-"""Conversations on disk: tokens, keys and values, and the sampler's state, bound to the store they belong to.
+"""Conversations on disk: tokens, keys and values, and the sampler's state, bound to the store (and adapter) of theirs.
 
 A file is `MAGIC`, the header's size (4 bytes, little-endian), the header (JSON), its XXH3-128 (16 bytes), then one
 zstd frame of float32 keys and values per layer. It appears whole or not at all.
@@ -42,9 +42,9 @@ class Conversation:
     layers: Callable[[], Iterator[Floats]]
 
 
-def store_id(manifest: Manifest) -> str:
-    """What a session file is bound to: the weights, wherever they lie."""
-    return f"{manifest.dense.xxh3}-{manifest.neurons.xxh3}"
+def store_id(manifest: Manifest, adapter: str = "") -> str:
+    """What a session file is bound to: the weights, wherever they lie, and the identity of the adapter, if any."""
+    return "-".join(filter(None, (manifest.dense.xxh3, manifest.neurons.xxh3, adapter)))
 
 
 def save_conversation(
@@ -93,7 +93,7 @@ def load_conversation(path: Path, store: str) -> Conversation:
     """Read a session file's header; the layers are read when they are asked for.
 
     Raises:
-        SessionError: no session file, truncated or altered, or of another store. So may reading the layers.
+        SessionError: no session file, truncated or altered, or of another store or adapter. So may reading the layers.
     """
     try:
         with path.open("rb") as file:
@@ -109,7 +109,7 @@ def load_conversation(path: Path, store: str) -> Conversation:
     header = json.loads(data)
     if header["store"] != store:
         raise SessionError(
-            f"session {path} belongs to another weight store; give its own store, or start a new session"
+            f"session {path} belongs to another weight store or adapter; give its own, or start a new session"
         )
     begin, shape = len(MAGIC) + 4 + size + 16, tuple(header["shape"])
 

@@ -211,7 +211,7 @@ class TextModel:
     def _conversation(self, session: str | Path | None) -> Conversation | None:
         if session is None or not Path(session).exists():
             return None
-        return load_conversation(Path(session), store_id(self._engine.store.manifest))
+        return load_conversation(Path(session), store_id(self._engine.store.manifest, self._engine.adapter_id))
 
     def _continued(self, past: Conversation, prompt: str | Sequence[int]) -> tuple[int, ...]:
         """The conversation's tokens, with the prompt's at the end."""
@@ -220,7 +220,7 @@ class TextModel:
 
     def _keeper(self, path: Path, sampler: Sampler) -> Callable[[Any, tuple[int, ...]], None]:
         def keep(session: Any, tokens: tuple[int, ...]) -> None:
-            store = store_id(self._engine.store.manifest)
+            store = store_id(self._engine.store.manifest, self._engine.adapter_id)
             save_conversation(path, store, tokens, sampler.state, self._engine.window(), self._engine.save(session))
 
         return keep

@@ -42,7 +42,7 @@ def least_plan(m: Manifest, r: Request, *, streams: bool) -> Plan:
     piece = 0 if not streams else max(block, tile) if needs_all(m, r.choice, r.mode) else block
     bundle = max(layer.bundle_bytes for layer in m.layers)
     values = max(sum(p.elements for p in layer.parts) for layer in m.layers)
-    per_thread = r.footprint.weights(widest, values, bundle)
+    per_thread = r.footprint.weights(max(widest, r.adapter.rank), max(values, r.adapter.rank), bundle)
     lookup = TILE_TOKENS * (12 * max(f.embed_size, f.hidden_size) + 2 * r.alignment)
     return Plan(
         cap=r.cap.memory if r.cap.memory is not None else r.cap.weight_memory or 0,
@@ -63,6 +63,7 @@ def least_plan(m: Manifest, r: Request, *, streams: bool) -> Plan:
         resident=frozenset(),
         slots=(0,) * len(m.layers),
         kv_type=r.run.kv_type,
+        weight_adapter=r.adapter.bytes,
     )
 
 
@@ -79,11 +80,13 @@ def _activations(f: Facts, r: Request) -> int:
         (10 + f.parallel + r.footprint.outputs(r.threads)) * f.hidden_size
         + 4 * f.num_heads * f.head_dim
         + 5 * f.intermediate_size
+        + r.adapter.values
     )
     rope = round_up(r.context, TILE_TOKENS) * sum(
         rope.rotary_dim for rope in (f.rope, f.local_rope) if rope is not None
     )
-    return 4 * (chunk * width + rope + 3 * f.vocab_size) + r.footprint.scores(f, r.context, r.threads)
+    logits = 3 * f.vocab_size + r.adapter.logits
+    return 4 * (chunk * width + rope + logits) + r.footprint.scores(f, r.context, r.threads)
 
 
 def _bookkeeping(m: Manifest, r: Request) -> int:

@@ -41,11 +41,12 @@ class Plan:
     slots: tuple[int, ...]
     kv_type: KvType = "f32"
     guess: int = 0
+    weight_adapter: int = 0
 
     @property
     def weight_total(self) -> int:
-        """Every DRAM byte that holds a weight: resident, slots, read buffers, converted tiles."""
-        parts = (self.weight_vectors, self.weight_resident, self.weight_slots)
+        """Every DRAM byte that holds a weight: resident, slots, an adapter, read buffers, converted tiles."""
+        parts = (self.weight_vectors, self.weight_resident, self.weight_slots, self.weight_adapter)
         return sum(parts) + self.weight_staging + self.weight_scratch
 
     @property
@@ -62,12 +63,24 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class AdapterNeeds:
+    """What an adapter takes at run time: bytes of its matrices; float32 values of what it adds, per token of a step
+    (`values`) and once (`logits`); and its largest rank."""
+
+    bytes: int = 0
+    values: int = 0
+    logits: int = 0
+    rank: int = 0
+
+
+@dataclass(frozen=True)
 class Request:
     """What is asked of the resolver. Exactly one of the cap's two is a number of bytes.
 
     baseline: resident bytes of the process before any weight is loaded (measured by the caller).
     alignment: the unit of the reader's device.
     footprint: what the backend keeps. choice: the predictor; firing: what it selects, by layer (None: as assumed).
+    adapter: what is added to the weights, nothing by default.
     """
 
     context: int
@@ -80,3 +93,4 @@ class Request:
     mode: Mode = "cached"
     choice: Choice = field(default_factory=Choice)
     firing: tuple[Firing, ...] | None = None
+    adapter: AdapterNeeds = field(default_factory=AdapterNeeds)

@@ -12,6 +12,7 @@ from flashinfer.backend import Buffer
 from flashinfer.choice import Choice
 from flashinfer.config import TILE_NEURONS, TILE_ROWS, KvType
 from flashinfer.ledger import Ledger
+from flashinfer.model.adapter import Adapter
 from flashinfer.model.heads import Heads
 from flashinfer.model.observe import Observer, Seen
 from flashinfer.model.rows import Rows
@@ -41,7 +42,7 @@ def _soften(logits: Floats, cap: float) -> Floats:
 class Decoder:
     """Runs tokens through the layers. Holds no per-session state.
 
-    choice: the predictor. observer: looks on, where it is set.
+    choice: the predictor. adapter: what is added to products. observer: looks on, where it is set.
     """
 
     def __init__(
@@ -53,8 +54,10 @@ class Decoder:
         window: int,
         choice: Choice | None = None,
         ledger: Ledger | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         self.facts, self.weights, self.backend = facts, weights, weights.backend
+        self._adapter = adapter or Adapter(weights.backend)
         self._span = (ledger or Ledger()).span
         self._window = window
         self._bundles = [weights.bundle(i) for i in range(facts.num_layers)]
@@ -155,7 +158,7 @@ class Decoder:
     def _linear(self, name: str, x: Buffer) -> Buffer:
         out = self._product(f"{name}.weight", x)
         bias = self.weights.vector(f"{name}.bias")
-        return out if bias is None else self.backend.add(out, bias)
+        return self._adapter.add(out if bias is None else self.backend.add(out, bias), f"{name}.weight", x)
 
     def _attention(self, layer: int, x: Buffer, rows: Rows, kv: Buffer) -> Buffer:
         f, name = self.facts, f"layers.{layer}.attn"
@@ -170,20 +173,21 @@ class Decoder:
         selection = select(guess.needed, f.intermediate_size, self._window)
         needed = selection.needed
         tiles = decode_tiles(needed) if rows.total == 1 else prefill_tiles(needed, f.intermediate_size)
-        gate = backend.zeros(rows.total, f.intermediate_size) if guess.gate is None else guess.gate
-        if guess.gate is not None:
+        if guess.gate is None:  # what comes with the bundles is added to it
+            gate = self._adapter.start(f"layers.{layer}.ffn.{f.decision}.weight", x, f.intermediate_size)
+        else:
+            gate = guess.gate
             self._limit(gate, guess, rows)
-        out = backend.zeros(rows.total, f.hidden_size)
+        feed = self._adapter.feed(layer, bundle, x, f.intermediate_size)
         for group in self.weights.neurons(layer, selection, tiles, partial(self._next, layer + 1, residual, rows)):
             some = tiles[group.first : group.last]
             if guess.gate is None:
                 backend.decide(gate, x, some, group.memory, group.offsets, bundle)
                 self._limit(gate, guess, rows)
-            fired = backend.fire(gate, f.activation, some, f.threshold)
-            backend.ffn(out, x, fired, group.memory, group.offsets, bundle)
+            feed.take(backend.fire(gate, f.activation, some, f.threshold), some, group)
         if self.observer is not None:
             self.observer.seen(layer, self._seen(x, gate, guess, rows))
-        bias = self.weights.vector(f"layers.{layer}.ffn.down.bias")
+        out, bias = feed.result(), self.weights.vector(f"layers.{layer}.ffn.down.bias")
         return out if bias is None else backend.add(out, bias)
 
     def _next(self, layer: int, residual: Buffer, rows: Rows) -> Index | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,9 @@ from flashinfer.checkpoint.adapter import open_adapter
 from flashinfer.engine import Model
 from flashinfer.errors import CheckpointError
 from flashinfer.quant import codec_named
+from tests.adapters import ATTENTION, MODULE, TOKENS, A, B, by_hand, made_by_peft
 from tests.checkpoints import make_llama, make_opt
-from tests.plain_checkpoint import fill, save, write_checkpoint
-
-ATTENTION = ["q_proj", "v_proj"]
-TOKENS = [5, 17, 3, 60, 2, 9, 80, 31]
+from tests.plain_checkpoint import fill, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -33,23 +29,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "llama-tied": make_llama(root / "llama-tied", tie_word_embeddings=True),
         "opt": make_opt(root / "opt", tie_word_embeddings=False),
     }
-
-
-def made_by_peft(base: Path, adapter: Path, *, safetensors: bool = True, **config: Any) -> np.ndarray:
-    """An adapter of random values under `adapter`; the logits of the model with it, unmerged, for `TOKENS`."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that biases change, as asked
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config)).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in (p for p in model.parameters() if p.requires_grad):
-            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-        model.save_pretrained(adapter, safe_serialization=safetensors)
-        return model(torch.tensor([TOKENS])).logits[0].numpy()
 
 
 def merged_logits(base: Path, adapter: Path, store: Path) -> np.ndarray:
@@ -94,20 +73,6 @@ def test_a_bin_file(tmp_path: Path, bases) -> None:
     safe.unlink()
     got = merged_logits(bases["llama"], tmp_path / "adapter", tmp_path / "store")
     assert np.abs(got - expected).max() <= 1e-4
-
-
-A, B = "q_proj.lora_A.weight", "q_proj.lora_B.weight"
-MODULE = "base_model.model.model.layers.0.self_attn."
-
-
-def by_hand(root: Path, tensors: dict[str, np.ndarray] | None = None, **config: Any) -> Path:
-    """An adapter for the plain checkpoint: rank 2 on one q_proj, unless `tensors` say otherwise."""
-    root.mkdir()
-    if tensors is None:
-        tensors = fill({MODULE + A: (2, 16), MODULE + B: (16, 2)})
-    save(root / "adapter_model.safetensors", tensors)
-    (root / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 3} | config))
-    return root
 
 
 class TestParts:

@@ -72,7 +72,7 @@ class FakeEngine:
         self.plan = cast(Plan, _Plan(context))
         self.ledger, self.effective_window, self.reader_note = Ledger(), 5, "fake"
         self.open_sessions = self.steps = self.closes = 0
-        self.over_cap, self.choice = False, Choice()
+        self.over_cap, self.choice, self.adapter_id = False, Choice(), ""
         self.observer: Observer | None = None
         self.asked: list[list[int]] = []
 
@@ -122,6 +122,7 @@ class _Plan:
     kv_type: KvType = "f32"
     cap: int = 1 << 30
     cap_kind: str = "memory"
+    weight_adapter: int = 0
 
     def to_json(self) -> dict[str, int]:
         return {"context": self.context}

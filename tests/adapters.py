@@ -1,0 +1,46 @@
+"""LoRA adapters for tests: made by peft on a checkpoint, or written by hand for the plain one."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.plain_checkpoint import fill, save
+
+ATTENTION = ["q_proj", "v_proj"]
+TOKENS = [5, 17, 3, 60, 2, 9, 80, 31]
+A, B = "q_proj.lora_A.weight", "q_proj.lora_B.weight"
+MODULE = "base_model.model.model.layers.0.self_attn."
+
+
+def made_by_peft(base: Path, adapter: Path, *, safetensors: bool = True, seed: int = 1, **config: Any) -> np.ndarray:
+    """An adapter of random values under `adapter`; the logits of the model with it, unmerged, for `TOKENS`."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that biases change, or that a whole head is saved, as asked
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config)).eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+        model.save_pretrained(adapter, safe_serialization=safetensors)
+    with torch.no_grad():
+        return model(torch.tensor([TOKENS])).logits[0].numpy()
+
+
+def by_hand(root: Path, tensors: dict[str, np.ndarray] | None = None, **config: Any) -> Path:
+    """An adapter for the plain checkpoint: rank 2 on one q_proj, unless `tensors` say otherwise."""
+    root.mkdir()
+    if tensors is None:
+        tensors = fill({MODULE + A: (2, 16), MODULE + B: (16, 2)})
+    save(root / "adapter_model.safetensors", tensors)
+    (root / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 3} | config))
+    return root
