@@ -44,3 +44,21 @@ def by_hand(root: Path, tensors: dict[str, np.ndarray] | None = None, **config: 
     save(root / "adapter_model.safetensors", tensors)
     (root / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 3} | config))
     return root
+
+
+DEMO_SHAPES = {
+    "self_attn.q_proj": (192, 192), "self_attn.o_proj": (192, 192), "mlp.gate_proj": (1536, 192),
+    "mlp.up_proj": (1536, 192), "mlp.down_proj": (192, 1536),
+}  # fmt: skip
+"""Matrices `[out, in]` of the embedded model, in each of its five layers."""
+
+
+def for_demo(root: Path, *, rank: int = 4, seed: int = 1) -> Path:
+    """An adapter for the embedded model, large enough to change the text."""
+    random, tensors = np.random.default_rng(seed), {}
+    for layer in range(5):
+        for name, (out, size) in DEMO_SHAPES.items():
+            module = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{module}.lora_A.weight"] = random.normal(0, size**-0.5, (rank, size)).astype(np.float32)
+            tensors[f"{module}.lora_B.weight"] = random.normal(0, 0.5, (out, rank)).astype(np.float32)
+    return by_hand(root, tensors, r=rank, lora_alpha=rank)

@@ -18,6 +18,7 @@ import flashinfer
 from flashinfer.bench import cgroup
 from flashinfer.bench.cgroup import Pressure
 from flashinfer.units import MIB
+from tests.adapters import for_demo
 from tests.cgroup import Limited, drop_page_cache, run_limited
 from tests.e2e.program import ENVIRONMENT, PROMPT, assert_failed, command, flashinfer_with
 
@@ -121,6 +122,16 @@ def test_a_prompt_that_fills_the_context(large_store: tuple[Path, Limited]) -> N
     result = json.loads(kept(cap, "generate", store, *options, "--memory", str(cap), "--json").stdout)
     assert len(result["prompt_tokens"]) > 1800
     assert result["peak_memory"] <= cap
+
+
+def test_an_adapter_is_within_the_cap(demo: Path, tmp_path: Path) -> None:
+    """Of a rank that makes it a tenth of the model, on a prompt of more than a chunk."""
+    adapter = for_demo(tmp_path / "adapter", rank=64)
+    with flashinfer.load(demo, context=256, adapter=adapter) as model:
+        text = model.generate(LONG, max_new_tokens=16, temperature=0.0).text
+    options = ("-p", LONG, "-n", "16", "--temperature", "0", "--adapter", str(adapter))
+    plan = assert_kept(demo, options, text, floor_of(demo, *options), NEAR)["plan"]
+    assert plan["weight_adapter"] > 7_000_000
 
 
 def test_loading_makes_no_second_copy(large_store: tuple[Path, Limited]) -> None:

@@ -15,7 +15,7 @@ from flashinfer.backend.footprint import NATIVE, TORCH
 from flashinfer.cache import WindowCache
 from flashinfer.config import Cap, IoConfig, RunConfig
 from flashinfer.errors import CapTooSmallError
-from flashinfer.memory import Plan, Request, resolve
+from flashinfer.memory import AdapterNeeds, Plan, Request, resolve
 from flashinfer.speed import multiplied
 from flashinfer.store import open_store
 
@@ -55,19 +55,31 @@ def check(plan: Plan, manifest) -> None:
     staging=st.sampled_from([0, 100_000, 4 << 20]),
     footprint=st.sampled_from([NATIVE, TORCH]),
     kv_type=st.sampled_from(["f32", "f16", "int8"]),
+    adapter=st.sampled_from([AdapterNeeds(), AdapterNeeds(30_000, 500, 96, 8)]),
 )
 def test_sums_to_at_most_the_cap(
-    packed, variant, kind, above, alignment, threads, objective, mode, ring, staging, footprint, kv_type
+    packed, variant, kind, above, alignment, threads, objective, mode, ring, staging, footprint, kv_type, adapter
 ) -> None:
     manifest = open_store(packed(variant).store).manifest
     run = RunConfig(io=IoConfig(objective=objective), ring=ring, staging=staging, kv_type=kv_type)
     request = replace(
-        BASE, alignment=alignment, threads=threads, run=run, mode=mode, footprint=footprint, cap=Cap(**{kind: 1})
-    )
+        BASE, alignment=alignment, threads=threads, run=run, mode=mode, footprint=footprint, adapter=adapter,
+        cap=Cap(**{kind: 1}),
+    )  # fmt: skip
     floor = floor_of(manifest, request)
     check(resolve(manifest, replace(request, cap=Cap(**{kind: floor + above}))), manifest)
     with pytest.raises(CapTooSmallError, match=f"{floor} bytes"):
         resolve(manifest, replace(request, cap=Cap(**{kind: floor - 1})))
+
+
+@pytest.mark.parametrize("kind", ["memory", "weight_memory"])
+def test_an_adapter_raises_the_floor_by_what_it_takes(packed, kind: str) -> None:
+    """Its bytes under either cap; under that of the process also what it adds to products, token by token."""
+    manifest, request = open_store(packed("llama").store).manifest, replace(BASE, cap=Cap(**{kind: 1}))
+    needs = AdapterNeeds(bytes=30_000, values=500, logits=96, rank=8)
+    more = floor_of(manifest, replace(request, adapter=needs)) - floor_of(manifest, request)
+    rows = 64 + 16  # the context, with the padding of a chunk
+    assert more == 30_000 + (4 * (rows * 500 + 96) if kind == "memory" else 0)
 
 
 def test_a_generous_cap_keeps_everything(packed) -> None:

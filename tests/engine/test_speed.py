@@ -20,7 +20,7 @@ from flashinfer.config import Cap, DiskCurve, IoConfig, KvType, Rates, RunConfig
 from flashinfer.engine import Model
 from flashinfer.errors import CapTooSmallError
 from flashinfer.firing import Firing, firing_of
-from flashinfer.memory import Mode, Plan, Request, resolve
+from flashinfer.memory import AdapterNeeds, Mode, Plan, Request, resolve
 from flashinfer.speed import Conditions, predict
 from flashinfer.store import Facts, FileEntry, Manifest, NeuronLayer, PartEntry, TensorEntry, open_store
 from tests.checkpoints import make_llama
@@ -187,16 +187,18 @@ RATES = [Rates(), Rates(linear=1.5e9, bundle=1e9), Rates(linear=80e9, bundle=60e
     ring=st.sampled_from([0, 1 << 20, RunConfig().ring, 512 << 20]),
     footprint=st.sampled_from([NATIVE, TORCH]),
     kv_type=st.sampled_from(["f32", "f16", "int8"]),
+    adapter=st.sampled_from([AdapterNeeds(), AdapterNeeds(40 << 20, 11_008, 32_000, 16)]),
 )
 def test_more_memory_is_never_predicted_slower(
     name: str, kind: str, curve: DiskCurve, rates: Rates, mode: Mode, alignment: int, share: float, more: int | float,
-    ring: int, footprint: Footprint, kv_type: KvType,
+    ring: int, footprint: Footprint, kv_type: KvType, adapter: AdapterNeeds,
 ) -> None:  # fmt: skip
     manifest = MANIFESTS[name]()
     run = RunConfig(io=IoConfig(disk=curve), rates=rates, ring=ring, kv_type=kv_type)
     request = replace(
-        BASE, run=run, mode=mode, alignment=alignment, context=256, footprint=footprint, cap=Cap(**{kind: 1})
-    )
+        BASE, run=run, mode=mode, alignment=alignment, context=256, footprint=footprint, adapter=adapter,
+        cap=Cap(**{kind: 1}),
+    )  # fmt: skip
     cap = floor_of(manifest, request) + int(share * manifest.weight_bytes())
     caps = [cap, cap + (more if isinstance(more, int) else int(more * manifest.weight_bytes()))]
     plans = [resolve(manifest, replace(request, cap=Cap(**{kind: c}))) for c in caps]
