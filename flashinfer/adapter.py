@@ -1,14 +1,16 @@
 """A LoRA adapter and the weight store it is applied to at run time: which role each of its changes belongs to.
 
 The one bridge between the towers: `checkpoint.adapter` reads the files, as for `pack --merge-adapter`, and
-`model.adapter` computes with what comes out here. A store names the checkpoint's tensor of each role, so no layout is
-needed.
+`model.adapter` computes with what comes out here. A store names the checkpoint's tensor of each role; which rows of it
+where they are not all, in order, the layout says.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +19,7 @@ import numpy.typing as npt
 import xxhash
 
 from flashinfer.config import COPY_CHUNK
-from flashinfer.errors import CheckpointError
+from flashinfer.errors import CheckpointError, LayoutError
 from flashinfer.memory import AdapterNeeds
 from flashinfer.quant import codec_named
 from flashinfer.store import Facts, Manifest, Store
@@ -28,8 +30,10 @@ if TYPE_CHECKING:
     from flashinfer.checkpoint.adapter import Adapter, LowRank
     from flashinfer.checkpoint.base import TensorInfo, Words
     from flashinfer.checkpoint.raw import RawFile
+    from flashinfer.layout.view import View
 
 Bytes = npt.NDArray[np.uint8]
+Index = npt.NDArray[np.int64]
 
 HEADS = ("lm_head.weight", "embed_out.weight")
 """What the head is called by models whose stores do not say, because head and embedding are one."""
@@ -58,32 +62,56 @@ class Change:
     scale: float
 
 
+@dataclass(frozen=True, eq=False)
+class Share:
+    """What an adapter changes in the matrix of one role: `rows` of `change`, in that order."""
+
+    change: LowRank
+    rows: Index
+
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return self.change.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the matrix it is added to, `[out, in]`."""
+        return len(self.rows), self.change.a.shape[1]
+
+    @property
+    def places(self) -> tuple[int, int]:
+        """Bytes that A and B take in memory."""
+        a, b = (codec_named(info.dtype).row_bytes(info.shape[1]) for info in (self.change.a, self.change.b))
+        return round_up(self.rank * a, PLACE), round_up(len(self.rows) * b, PLACE)
+
+
 @dataclass(frozen=True)
 class StoreAdapter:
     """An adapter that fits a store. Holds no file open.
 
-    identity: XXH3-128 of its files, 32 hex digits. low_rank: its changes, by the role of the matrix they are added to;
+    identity: XXH3-128 of its files, 32 hex digits. shares: its changes, by the role of the matrix they are added to;
     where head and embedding are one, `embed.weight` is the head.
     """
 
     path: Path
     identity: str
     facts: Facts
-    low_rank: Mapping[str, LowRank]
+    shares: Mapping[str, Share]
 
     @property
     def decides(self) -> bool:
         """Whether it changes who fires, given the same input."""
-        return any(role.endswith(f".ffn.{self.facts.decision}.weight") for role in self.low_rank)
+        return any(role.endswith(f".ffn.{self.facts.decision}.weight") for role in self.shares)
 
     @property
     def needs(self) -> AdapterNeeds:
         """What it takes in memory."""
-        f, ranks = self.facts, [c.a.shape[0] for c in self.low_rank.values()]
-        layers = [c.b.shape[0] for role, c in self.low_rank.items() if role.startswith("layers.")]
-        apart = any(_is_neurons(role, f) for role in self.low_rank)
+        f, ranks = self.facts, [share.rank for share in self.shares.values()]
+        layers = [share.shape[0] for role, share in self.shares.items() if role.startswith("layers.")]
+        apart = any(_is_neurons(role, f) for role in self.shares)
         return AdapterNeeds(
-            bytes=sum(_place_bytes(info) for c in self.low_rank.values() for info in (c.a, c.b)),
+            bytes=sum(sum(share.places) for share in self.shares.values()),
             values=max([3 * f.intermediate_size if apart else 0, *layers]) + 2 * max(ranks),
             logits=f.vocab_size if len(layers) < len(ranks) else 0,
             rank=max(ranks),
@@ -99,7 +127,7 @@ class StoreAdapter:
 
         opened = open_adapter(self.path)
         try:
-            if set(opened.low_rank.values()) != set(self.low_rank.values()):
+            if set(opened.low_rank.values()) != {share.change for share in self.shares.values()}:
                 raise CheckpointError(f"{self.path} was changed while it was being opened; run again")
             yield from self._read(opened.file)
         finally:
@@ -107,11 +135,11 @@ class StoreAdapter:
 
     def _read(self, file: RawFile) -> Iterator[tuple[str, Change]]:
         memory, at = np.empty(self.needs.bytes, dtype=np.uint8), 0
-        for role, c in self.low_rank.items():
-            a = _factor(file, c.a, memory[at:], transposed=role.endswith(".ffn.down.weight"))
-            at += _place_bytes(c.a)
-            b = _factor(file, c.b, memory[at:], transposed=False)
-            at += _place_bytes(c.b)
+        for role, share in self.shares.items():
+            c, (first, second) = share.change, share.places
+            a = _factor(file, c.a, np.arange(share.rank), memory[at:], transposed=role.endswith(".ffn.down.weight"))
+            b = _factor(file, c.b, share.rows, memory[at + first :], transposed=False)
+            at += first + second
             yield role, Change(a, b, c.scale)
 
 
@@ -126,13 +154,11 @@ def read_adapter(path: Path, store: Store) -> StoreAdapter:
 
     opened = open_adapter(path)
     try:
-        matched = _Matching(store, opened)
-        low_rank = {matched.role(name): change for name, change in opened.low_rank.items()}
+        matching = _Matching(store, opened)
+        shares = {role: s for name, c in opened.low_rank.items() for role, s in matching.shares(name, c).items()}
         for name, info in opened.saved.items():
-            matched.check_saved(name, info)
-        for role, change in low_rank.items():
-            matched.check(role, change)
-        return StoreAdapter(path, _identity(opened), store.manifest.facts, low_rank)
+            matching.check_saved(name, info)
+        return StoreAdapter(path, _identity(opened), store.manifest.facts, shares)
     finally:
         opened.file.close()
 
@@ -148,33 +174,57 @@ class _Matching:
             name, view, _ = source.partition("#")
             self._roles.setdefault(name, []).append(role)
             if view:
-                self._cut.add(name)
+                self._cut.add(role)
 
-    def role(self, name: str) -> str:
-        """The role of the one matrix that is that tensor of the checkpoint."""
+    def shares(self, name: str, change: LowRank) -> dict[str, Share]:
+        """The change of a tensor of the checkpoint, by the roles that tensor has.
+
+        Raises:
+            CheckpointError: it has none that is changed at run time, or the change has not its shape.
+        """
+        from flashinfer.checkpoint.sum import need_packable
+
+        for info in (change.a, change.b):
+            need_packable(info, self._adapter.path)
         if ".experts." in name:
             raise self._refused(name, f"is one of an expert, which is not done at run time; {MERGE}")
         roles = self._found(name)
         if not roles:
             raise self._refused(name, "the store has not: it is for another model")
-        turned = any(role.endswith(("attn.q.weight", "attn.k.weight")) for role in roles)
-        if len(roles) > 1 or (name in self._cut and turned):
-            raise self._refused(name, f"the store holds cut in parts or in another order; {MERGE}")
         if roles[0].startswith("embed.") and not self._is_tied_head(name):
             raise self._refused(name, f"is an embedding, which is not done at run time; {MERGE}")
-        return roles[0]
+        found = {role: Share(change, self._rows(role, name, change)) for role in roles}
+        shapes, every = role_shapes(self._facts), sum(len(share.rows) for share in found.values())
+        if every != change.b.shape[0] or any(share.shape != shapes[role] for role, share in found.items()):
+            out, size = (change.b.shape[0], change.a.shape[1])
+            wanted = [sum(shapes[role][0] for role in roles), shapes[roles[0]][1]]
+            raise self._refused(name, f"is {wanted} there and {[out, size]} in the adapter: it is for another model")
+        return found
 
-    def check(self, role: str, change: LowRank) -> None:
-        """Raise CheckpointError where a change has not the shape of its matrix, or a type that is not read."""
-        from flashinfer.checkpoint.sum import need_packable
-
-        wanted, found = role_shapes(self._facts)[role], (change.b.shape[0], change.a.shape[1])
-        if found != wanted:
+    def _rows(self, role: str, name: str, change: LowRank) -> Index:
+        """Which rows of a tensor of the checkpoint are those of a role, in its order."""
+        if role not in self._cut:
+            return np.arange(change.b.shape[0])
+        if role not in self._views:
             raise self._refused(
-                change.a.name, f"is for a matrix {list(found)}, the store has {list(wanted)}: it is for another model"
+                name, f"the store holds in parts or turned, in a way this version does not know; {MERGE}"
             )
-        for info in (change.a, change.b):
-            need_packable(info, self._adapter.path)
+        return self._views[role].rows
+
+    @cached_property
+    def _views(self) -> Mapping[str, View]:
+        """How the layout cuts tensors; none where it is not known any more, or says something else than the store."""
+        from flashinfer.layout import find_layout, views_of
+
+        entry = self._store.manifest.text.get("config.json")
+        if entry is None:
+            return {}
+        config = json.loads(self._store.read_range(entry, 0, entry.bytes))
+        try:
+            facts, views = views_of(find_layout(config, self._roles), config, self._roles)
+        except LayoutError:
+            return {}
+        return views if facts == self._facts else {}
 
     def check_saved(self, name: str, info: TensorInfo) -> None:
         """Accept whole tensors that peft saved beside what it trained: those of embedding and head, of the same shape
@@ -215,10 +265,6 @@ def _is_neurons(role: str, facts: Facts) -> bool:
     return role.endswith(".ffn.down.weight") or (facts.gated and role.endswith(".ffn.up.weight"))
 
 
-def _place_bytes(info: TensorInfo) -> int:
-    return round_up(info.shape[0] * codec_named(info.dtype).row_bytes(info.shape[1]), PLACE)
-
-
 def _identity(adapter: Adapter) -> str:
     digest = xxhash.xxh3_128((adapter.path / "adapter_config.json").read_bytes())
     with adapter.file.path.open("rb") as file:
@@ -227,20 +273,19 @@ def _identity(adapter: Adapter) -> str:
     return digest.hexdigest()
 
 
-def _factor(file: RawFile, info: TensorInfo, memory: Bytes, *, transposed: bool) -> Factor:
-    """A tensor of the file in its type, at the start of `memory`, a few rows of it at a time."""
-    rows, cols = info.shape
+def _factor(file: RawFile, info: TensorInfo, rows: Index, memory: Bytes, *, transposed: bool) -> Factor:
+    """Rows of a tensor of the file in its type, at the start of `memory`; it is read a few rows at a time."""
+    cols = info.shape[1]
     step = max(1, COPY_CHUNK // (4 * max(1, cols)))
-    size = rows * codec_named(info.dtype).row_bytes(cols)
-    whole: Words = memory[:size].view("<u4" if info.dtype == "f32" else "<u2")
-    whole = whole.reshape((cols, rows) if transposed else (rows, cols))
-    for first in range(0, rows, step):
-        last = min(rows, first + step)
+    size = len(rows) * codec_named(info.dtype).row_bytes(cols)
+    stored: Words = memory[:size].view("<u4" if info.dtype == "f32" else "<u2")
+    stored = stored.reshape((cols, len(rows)) if transposed else (len(rows), cols))
+    whole = stored.T if transposed else stored
+    for first in range(0, info.shape[0], step):
+        last = min(info.shape[0], first + step)
         words = file.read_rows(info.name, first, last)
         if not np.isfinite(codec_named(info.dtype).decode(words.view(np.uint8))).all():
             raise CheckpointError(f"tensor {info.name} of {file.path} holds NaN or infinity; get it again")
-        if transposed:
-            whole[:, first:last] = words.T
-        else:
-            whole[first:last] = words
-    return Factor(memory[:size], info.dtype, *whole.shape)
+        here = (rows >= first) & (rows < last)
+        whole[here] = words[rows[here] - first]
+    return Factor(memory[:size], info.dtype, *stored.shape)

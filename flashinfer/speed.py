@@ -168,7 +168,7 @@ def _prompt_seconds(c: Conditions, plan: Plan, tokens: int) -> float:
 def step_cost(c: Conditions, plan: Plan, tokens: int, *, head: bool = True) -> tuple[Cost, Cost]:
     """A step of so many tokens: the feed-forward layers (with their decision matrices), and all the rest."""
     m = c.manifest
-    ffn, rest = Cost(), Cost(compute=LAYER_SECONDS * len(m.layers)) + _adapter_cost(c, plan, tokens)
+    ffn, rest = Cost(), Cost(compute=LAYER_SECONDS * len(m.layers)) + _kept_cost(c, plan.weight_adapter, tokens)
     for name in multiplied(m):
         if name != head_of(m):
             cost = matrix_cost(c, name, plan, tokens)
@@ -192,28 +192,26 @@ def multiplied(m: Manifest) -> list[str]:
     return [name for name, t in m.tensors.items() if len(t.shape) == 2 and (name not in TABLES or name == head_of(m))]
 
 
-def _adapter_cost(c: Conditions, plan: Plan, tokens: int) -> Cost:
-    """Multiplying with an adapter's matrices; the calls around them are within LAYER_SECONDS."""
+def _kept_cost(c: Conditions, size: int, tokens: int) -> Cost:
+    """Multiplying with matrices of so many bytes that are in memory."""
     rate = c.rates.linear if tokens == 1 else c.rates.linear_prompt / math.ceil(tokens / TILE_TOKENS)
-    return Cost(weights=plan.weight_adapter, compute=plan.weight_adapter / rate)
+    return Cost(weights=size, compute=size / rate)
 
 
 def matrix_cost(c: Conditions, name: str, plan: Plan, tokens: int) -> Cost:
     """Multiplying with a dense matrix; streamed in pieces where it is not resident."""
     t = c.manifest.tensors[name]
-    rate = c.rates.linear if tokens == 1 else c.rates.linear_prompt / math.ceil(tokens / TILE_TOKENS)
-    compute = t.bytes / rate
+    product = _kept_cost(c, t.bytes, tokens)
     if name in plan.resident:
-        return Cost(weights=t.bytes, compute=compute)
+        return product
     width = t.bytes // t.shape[0]
     rows = max(1, (plan.piece - 2 * c.alignment) // width // TILE_ROWS) * TILE_ROWS
     whole, rest = divmod(t.shape[0], rows)
     extent, blocks = c.run.io.max_extent, whole + (rest > 0)
     reads = whole * math.ceil(rows * width / extent) + math.ceil(rest * width / extent)
     read = t.bytes + blocks * _widening(rows * width, c.alignment)
-    compute += blocks * BLOCK_SECONDS
     ahead = c.disk.seconds(reads, read, _depth(c, plan))
-    return Cost(read, reads, t.bytes, ahead, 0.0, compute)
+    return product + Cost(read, reads, ahead=ahead, compute=blocks * BLOCK_SECONDS)
 
 
 def _depth(c: Conditions, plan: Plan) -> float:

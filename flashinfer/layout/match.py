@@ -86,6 +86,19 @@ def match_layout(layout: Layout, config: Mapping[str, Any], shapes: Shapes) -> M
     return Match(layout, facts, sources, views)
 
 
+def views_of(layout: Layout, config: Mapping[str, Any], names: Collection[str]) -> tuple[Facts, dict[str, View]]:
+    """What a layout cuts out of the tensors of a checkpoint, by role, whose shapes are not at hand; with its facts.
+
+    Raises:
+        LayoutError: an unsupported fact, or views that cannot be.
+    """
+    resolver = Resolver(layout, config)
+    facts, prefix = resolver.facts(), _best_prefix(layout, names)
+    declared = _declared(layout, resolver, facts.num_layers, prefix, len(names))
+    cut = {role: d for role, d in declared.items() if not d.pattern.plain}
+    return facts, {role: _view(layout, resolver, role, d, facts) for role, d in cut.items()}
+
+
 def nearest(names: Collection[str], layouts: Sequence[Layout] | None = None) -> str:
     """`nearest layout: llama (matches 97 %)`: by share of the tensor names that fit a pattern, then the shortest."""
     layouts = known_layouts() if layouts is None else layouts

@@ -19,6 +19,7 @@ from flashinfer.backend import has_native
 from flashinfer.config import BackendName, Cap, RunConfig
 from flashinfer.engine import Model
 from flashinfer.errors import CapTooSmallError, CheckpointError, PredictorError
+from flashinfer.layout import known_layouts
 from flashinfer.store import open_store
 from tests.adapters import ATTENTION, MODULE, TOKENS, A, B, by_hand, made_by_peft
 from tests.calibrated import calibrate_plainly
@@ -324,8 +325,8 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("shapes", "message"),
         [
-            ({A: (2, 17), B: (16, 2)}, r"q_proj.*for a matrix \[16, 17\], the store has \[16, 16\]: .* another model"),
-            ({A: (2, 16), B: (8, 2)}, r"for a matrix \[8, 16\]"),
+            ({A: (2, 17), B: (16, 2)}, r"q_proj.* is \[16, 16\] there and \[16, 17\] in the adapter: .* another"),
+            ({A: (2, 16), B: (8, 2)}, r"and \[8, 16\] in the adapter"),
             ({"x_proj.lora_A.weight": (2, 16), "x_proj.lora_B.weight": (16, 2)}, "the store has not: .* another model"),
             ({"q_proj.weight": (16, 16)}, "replaced as a whole, which is not done at run time; merge it"),
             ({A: (2, 16), B: (16, 2), "q_proj.bias": (16,)}, "replaced as a whole"),
@@ -381,15 +382,32 @@ class TestRefused:
         )
         self.refuse(bases["llama"].stores["separate"], tmp_path / "x", r"lm_head\.weight, which is replaced as a whole")
 
-    def test_parts_of_a_fused_matrix(self, tmp_path: Path) -> None:
-        """GPT-2 keeps matrices `[in, out]`: those that are one role are adapted, q, k and v, which are one, are not."""
+    def test_parts_cut_by_a_layout_that_is_not_known(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         base = make_family("gpt2", tmp_path / "base")
         pack(base, tmp_path / "store")
-        whole = {"r": 3, "lora_alpha": 3, "fan_in_fan_out": True}
-        expected = made_by_peft(base, tmp_path / "apart", target_modules=["c_fc", "c_proj"], **whole)
-        assert np.abs(logits(tmp_path / "store", tmp_path / "apart") - expected).max() <= 1e-4
-        made_by_peft(base, tmp_path / "fused", target_modules=["c_attn"], **whole)
-        self.refuse(tmp_path / "store", tmp_path / "fused", r"c_attn\.weight, which the store holds cut in parts")
+        made_by_peft(base, tmp_path / "fused", r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+        monkeypatch.setattr("flashinfer.layout.match.known_layouts", lambda: known_layouts()[:1])
+        self.refuse(tmp_path / "store", tmp_path / "fused", r"c_attn\.weight, which the store holds in parts or turned")
+
+
+FUSED = {
+    "gpt2": ["c_attn", "c_fc", "c_proj"],
+    "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+    "gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+    "gptj": ["q_proj", "k_proj", "v_proj", "fc_in", "fc_out"],
+    "cohere": ["q_proj", "k_proj", "gate_proj", "down_proj"],
+}
+"""Families whose checkpoints hold several roles in one tensor, transposed, or with rotary pairs side by side."""
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_parts_of_a_matrix(tmp_path: Path, family: str) -> None:
+    base = make_family(family, tmp_path / "base")
+    pack(base, tmp_path / "store")
+    config = {"r": 3, "lora_alpha": 3, "target_modules": FUSED[family], "fan_in_fan_out": family == "gpt2"}
+    expected = made_by_peft(base, tmp_path / "adapter", **config)
+    assert np.abs(logits(tmp_path / "store", tmp_path / "adapter") - expected).max() <= 1e-4
+    assert np.abs(logits(tmp_path / "store", None) - expected).max() > 1e-2
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
