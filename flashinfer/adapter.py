@@ -7,13 +7,13 @@ where they are not all, in order, the layout says.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import xxhash
@@ -108,12 +108,12 @@ class StoreAdapter:
     def needs(self) -> AdapterNeeds:
         """What it takes in memory."""
         f, ranks = self.facts, [share.rank for share in self.shares.values()]
-        layers = [share.shape[0] for role, share in self.shares.items() if role.startswith("layers.")]
+        inner = [share.shape[0] for role, share in self.shares.items() if role not in ("embed.weight", "head.weight")]
         apart = any(_is_neurons(role, f) for role in self.shares)
         return AdapterNeeds(
             bytes=sum(sum(share.places) for share in self.shares.values()),
-            values=max([3 * f.intermediate_size if apart else 0, *layers]) + 2 * max(ranks),
-            logits=f.vocab_size if len(layers) < len(ranks) else 0,
+            values=max([3 * f.intermediate_size if apart else 0, *inner]) + 2 * max(ranks),
+            logits=f.vocab_size if len(inner) < len(ranks) else 0,
             rank=max(ranks),
         )
 
@@ -158,6 +158,8 @@ def read_adapter(path: Path, store: Store) -> StoreAdapter:
         shares = {role: s for name, c in opened.low_rank.items() for role, s in matching.shares(name, c).items()}
         for name, info in opened.saved.items():
             matching.check_saved(name, info)
+        if not shares:
+            raise CheckpointError(f"{path} changes no matrix; give an adapter that was trained")
         return StoreAdapter(path, _identity(opened), store.manifest.facts, shares)
     finally:
         opened.file.close()
@@ -194,11 +196,10 @@ class _Matching:
         if roles[0].startswith("embed.") and not self._is_tied_head(name):
             raise self._refused(name, f"is an embedding, which is not done at run time; {MERGE}")
         found = {role: Share(change, self._rows(role, name, change)) for role in roles}
-        shapes, every = role_shapes(self._facts), sum(len(share.rows) for share in found.values())
-        if every != change.b.shape[0] or any(share.shape != shapes[role] for role, share in found.items()):
-            out, size = (change.b.shape[0], change.a.shape[1])
-            wanted = [sum(shapes[role][0] for role in roles), shapes[roles[0]][1]]
-            raise self._refused(name, f"is {wanted} there and {[out, size]} in the adapter: it is for another model")
+        shapes = [role_shapes(self._facts)[role] for role in roles]
+        wanted, given = [sum(s[0] for s in shapes), *shapes[0][1:]], [change.b.shape[0], change.a.shape[1]]
+        if wanted != given or [share.shape for share in found.values()] != shapes:
+            raise self._refused(name, f"is {wanted} there and {given} in the adapter: it is for another model")
         return found
 
     def _rows(self, role: str, name: str, change: LowRank) -> Index:
@@ -219,10 +220,10 @@ class _Matching:
         entry = self._store.manifest.text.get("config.json")
         if entry is None:
             return {}
-        config = json.loads(self._store.read_range(entry, 0, entry.bytes))
         try:
+            config = msgspec.json.decode(self._store.read_range(entry, 0, entry.bytes), type=dict[str, Any])
             facts, views = views_of(find_layout(config, self._roles), config, self._roles)
-        except LayoutError:
+        except (LayoutError, msgspec.MsgspecError):
             return {}
         return views if facts == self._facts else {}
 

@@ -331,11 +331,19 @@ class TestRefused:
             ({"q_proj.weight": (16, 16)}, "replaced as a whole, which is not done at run time; merge it"),
             ({A: (2, 16), B: (16, 2), "q_proj.bias": (16,)}, "replaced as a whole"),
             ({A: (2, 16)}, "has lora tensors"),
+            ({"base_model.model.lm_head.weight": (20, 16)}, "changes no matrix"),
+            (
+                {
+                    "base_model.model.model.norm.lora_A.weight": (2, 16),
+                    "base_model.model.model.norm.lora_B.weight": (16, 2),
+                },
+                r"is \[16\] there",
+            ),
             ({}, "holds no tensors"),
         ],
     )
     def test_tensors(self, store: Path, tmp_path: Path, shapes: dict[str, tuple[int, ...]], message: str) -> None:
-        tensors = fill({MODULE + name: shape for name, shape in shapes.items()})
+        tensors = fill({name if name.startswith("base") else MODULE + name: shape for name, shape in shapes.items()})
         self.refuse(store, by_hand(tmp_path / "adapter", tensors), message)
 
     @pytest.mark.parametrize("module", ["model.embed_tokens", "model.layers.0.mlp.experts.0.up_proj"])
