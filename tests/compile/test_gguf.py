@@ -38,8 +38,8 @@ class TestReading:
         c = open_checkpoint(tmp_path / "x.gguf")
         eps = float(np.float32(1e-5))
         assert c.config == {
-            **LLAMA, "hidden_act": "silu", "rms_norm_eps": eps, "rope_theta": 5e5, "attention_bias": False,
-            "mlp_bias": False, "bos_token_id": 1,
+            **{key: LLAMA[key] for key in LLAMA if key not in ("hidden_act", "rope_theta")}, "rms_norm_eps": eps,
+            "rope_parameters": {"rope_theta": 5e5}, "attention_bias": False, "mlp_bias": False, "bos_token_id": 1,
         }  # fmt: skip
         assert {n: t.shape for n, t in c.tensors.items()} == llama_shapes()
         assert json.loads(c.text["config.json"].read_text()) == c.config
@@ -174,8 +174,8 @@ class TestRope:
         tensors["rope_freqs.weight"] = llama3_factors(5e5, 64, 8.0).astype(np.float32)
         write_gguf(tmp_path / "x.gguf", config, tensors, llama__rope__freq_base=5e5)
         c = open_checkpoint(tmp_path / "x.gguf")
-        assert c.config["rope_scaling"]["rope_type"] == "llama3"
-        assert c.config["rope_scaling"]["factor"] == 8.0
+        assert c.config["rope_parameters"]["rope_type"] == "llama3"
+        assert c.config["rope_parameters"]["factor"] == 8.0
         assert "rope_freqs.weight" not in c.tensors
         pack(tmp_path / "x.gguf", tmp_path / "store")
         tensors["rope_freqs.weight"][3] = 2.0
@@ -185,11 +185,12 @@ class TestRope:
 
     def test_linear(self, tmp_path: Path) -> None:
         write_gguf(tmp_path / "x.gguf", llama__rope__scaling__type="linear", llama__rope__scaling__factor=4.0)
-        assert open_checkpoint(tmp_path / "x.gguf").config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+        rope = open_checkpoint(tmp_path / "x.gguf").config["rope_parameters"]
+        assert rope == {"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0}
 
     def test_what_cannot_be_followed_is_named_by_the_layout(self, tmp_path: Path) -> None:
-        write_gguf(tmp_path / "x.gguf", llama__rope__scaling__type="sideways", llama__rope__scaling__factor=4.0)
-        with pytest.raises(CheckpointError, match="rope type 'sideways'"):
+        write_gguf(tmp_path / "x.gguf", llama__rope__dimension_count=2)
+        with pytest.raises(CheckpointError, match=r"partial_rotary_factor 0\.5 is not supported"):
             pack(tmp_path / "x.gguf", tmp_path / "store")
 
     def test_yarn(self, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from flashinfer.checkpoint.gguf.forms import Form, head_by_head, keys_in_halves, queries_in_halves
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -20,22 +22,41 @@ class Architecture:
             left out, so that the layout's default counts or it says what is missing.
         values: config.json key -> what holds for all files of the architecture and no metadata says.
         present: config.json key -> the tensor whose presence makes it true.
-        refused: metadata keys that change the arithmetic, and the one value that is followed.
-        rope: rotary positions, with theta, scaling and the dimensions they turn.
-        interleaved: tensors whose rows llama.cpp has reordered within each head, from (first half, second half) to
-            pairs, -> the config.json key of how many heads they have.
+        absent: config.json key -> the tensor whose absence makes it true.
+        rope: whether positions are rotary.
+        forms: tensors (`attn_q`, weight and bias; or `attn_norm.weight` alone) that are not laid out as Hugging Face's.
+        stacked: what in a layout's tensor name counts the rows of one tensor of the file -> what stands there for all.
     """
 
     hugging_face: str
     keys: Mapping[str, str]
     values: Mapping[str, Any] = field(default_factory=dict)
     present: Mapping[str, str] = field(default_factory=dict)
-    refused: Mapping[str, Any] = field(default_factory=dict)
+    absent: Mapping[str, str] = field(default_factory=dict)
     rope: bool = True
-    interleaved: Mapping[str, str] = field(default_factory=dict)
+    forms: Mapping[str, Form] = field(default_factory=dict)
+    stacked: Mapping[str, str] = field(default_factory=dict)
 
 
-_LLAMA_KEYS = {
+NEUTRAL: Mapping[str, Any] = {
+    "attention.causal": True,
+    "attention.clamp_kqv": 0,
+    "attention.max_alibi_bias": 0,
+    "attention.scale": 0,
+    "attention.sliding_window": 0,
+    "attention.temperature_scale": 0,
+    "attn_logit_softcapping": 0,
+    "embedding_scale": 1,
+    "expert_count": 0,
+    "final_logit_softcapping": 0,
+    "leading_dense_block_count": 0,
+    "logit_scale": 1,
+    "nextn_predict_layers": 0,
+    "residual_scale": 1,
+}
+"""Metadata keys that change the arithmetic, and the value that changes nothing: any other is followed or refused."""
+
+_SIZES = {
     "hidden_size": "embedding_length",
     "intermediate_size": "feed_forward_length",
     "num_hidden_layers": "block_count",
@@ -43,17 +64,78 @@ _LLAMA_KEYS = {
     "num_key_value_heads": "attention.head_count_kv",
     "head_dim": "attention.key_length",
     "max_position_embeddings": "context_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
-"""The names that llama's config.json and those of its many descendants share."""
+"""The names that most config.json share."""
+_GPT_SIZES = {
+    "n_embd": "embedding_length",
+    "n_inner": "feed_forward_length",
+    "n_layer": "block_count",
+    "n_head": "attention.head_count",
+    "n_positions": "context_length",
+}
+_RMS = {"rms_norm_eps": "attention.layer_norm_rms_epsilon"}
+_LAYER = "attention.layer_norm_epsilon"
+_PAIRS = {"attn_q": Form(queries_in_halves), "attn_k": Form(keys_in_halves)}
+"""llama.cpp's kind of rotary positions turns neighbours: llama and those that came after it in its converter."""
+_TRANSPOSED = Form(transposed=True)
+_BIASES = {"attention_bias": "blk.0.attn_output.bias", "mlp_bias": "blk.0.ffn_up.bias"}
+_QKV_BIAS = "blk.0.attn_q.bias"
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture(
-        hugging_face="LlamaForCausalLM",
-        keys=_LLAMA_KEYS,
-        values={"hidden_act": "silu"},
-        present={"attention_bias": "blk.0.attn_output.bias", "mlp_bias": "blk.0.ffn_gate.bias"},
-        refused={"expert_count": 0, "attention.sliding_window": 0},
-        interleaved={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"},
+    "llama": Architecture("LlamaForCausalLM", _SIZES | _RMS, present=_BIASES, forms=_PAIRS),
+    "arcee": Architecture("ArceeForCausalLM", _SIZES | _RMS, present=_BIASES, forms=_PAIRS),
+    "command-r": Architecture(
+        "CohereForCausalLM",
+        _SIZES | {"layer_norm_eps": _LAYER, "logit_scale": "logit_scale"},
+        present={"attention_bias": _QKV_BIAS, "use_qk_norm": "blk.0.attn_q_norm.weight"},
     ),
-}
+    "gpt2": Architecture(
+        "GPT2LMHeadModel",
+        _GPT_SIZES | {"layer_norm_epsilon": _LAYER},
+        rope=False,
+        forms=dict.fromkeys(("attn_qkv", "attn_output", "ffn_up", "ffn_down"), _TRANSPOSED),
+    ),
+    "gptneox": Architecture(
+        "GPTNeoXForCausalLM",
+        _SIZES | {"layer_norm_eps": _LAYER, "use_parallel_residual": "use_parallel_residual"},
+        present={"attention_bias": "blk.0.attn_qkv.bias"},
+        forms={"attn_qkv": Form(head_by_head)},
+    ),
+    "granite": Architecture(
+        "GraniteForCausalLM",
+        _SIZES | _RMS | {
+            "attention_multiplier": "attention.scale",
+            "embedding_multiplier": "embedding_scale",
+            "logits_scaling": "logit_scale",
+            "residual_multiplier": "residual_scale",
+        },
+        present=_BIASES,
+        forms=_PAIRS,
+    ),
+    "nemotron": Architecture(
+        "NemotronForCausalLM",
+        _SIZES | {"norm_eps": _LAYER},
+        present=_BIASES,
+        forms=dict.fromkeys(("attn_norm.weight", "ffn_norm.weight", "output_norm.weight"), Form(plus_one=True)),
+    ),
+    "olmo2": Architecture("Olmo2ForCausalLM", _SIZES | _RMS, present={"attention_bias": _QKV_BIAS}),
+    "phi2": Architecture("PhiForCausalLM", _SIZES | {"layer_norm_eps": _LAYER}),
+    "phi3": Architecture("Phi3ForCausalLM", _SIZES | _RMS | {"sliding_window": "attention.sliding_window"}),
+    "qwen2": Architecture("Qwen2ForCausalLM", _SIZES | _RMS),
+    "qwen3": Architecture("Qwen3ForCausalLM", _SIZES | _RMS, present={"attention_bias": _QKV_BIAS}),
+    "smollm3": Architecture("SmolLM3ForCausalLM", _SIZES | _RMS, present=_BIASES, forms=_PAIRS),
+    "stablelm": Architecture(
+        "StableLmForCausalLM",
+        _SIZES | {"layer_norm_eps": _LAYER},
+        present={"use_qkv_bias": _QKV_BIAS, "qk_layernorm": "blk.0.attn_q_norm.weight"},
+        absent={"use_parallel_residual": "blk.0.ffn_norm.weight"},
+        stacked={".norms.{h}": ""},
+    ),
+    "starcoder2": Architecture(
+        "Starcoder2ForCausalLM",
+        _SIZES | {"norm_epsilon": _LAYER},
+        values={"sliding_window": 4096},  # of all three that were released
+        present={"use_bias": _QKV_BIAS},
+    ),
+}  # fmt: skip
+"""By `general.architecture`."""

@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from flashinfer.checkpoint.base import Columns, TensorInfo, Words
-from flashinfer.checkpoint.gguf.config import ROPE_FACTORS, architecture_of, model_config, tensor_names
+from flashinfer.checkpoint.gguf.config import model_config
+from flashinfer.checkpoint.gguf.description import Description
+from flashinfer.checkpoint.gguf.forms import Index, extents
+from flashinfer.checkpoint.gguf.names import Stored, form_of, stored_tensors
+from flashinfer.checkpoint.gguf.rope import FREQUENCIES, LONG, SHORT, Factors
 from flashinfer.checkpoint.gguf.tensors import GgufFile
 from flashinfer.checkpoint.gguf.tokenizer import tokenizer_files
 from flashinfer.errors import CheckpointError
 from flashinfer.layout import find_layout
+from flashinfer.quant import codec_named
 
 
 class GgufCheckpoint:
@@ -41,35 +45,24 @@ class GgufCheckpoint:
 
     def _describe(self) -> None:
         metadata, inside = self._file.header.metadata, self._file.tensors
-        _, architecture = architecture_of(metadata)
-        self.config: Mapping[str, Any] = model_config(metadata, inside, self._rope_factors(inside))
-        layers = int(self.config.get("num_hidden_layers", 0))
-        self._names = tensor_names(metadata, find_layout(self.config, inside), inside, layers)
+        of = Description(metadata)
+        factors = {name: self._factors(inside[name]) for name in (FREQUENCIES, LONG, SHORT) if name in inside}
+        self.config: Mapping[str, Any] = model_config(metadata, inside, factors)
+        self._file.transpose(name for name in inside if form_of(of.architecture, name).transposed)
+        inside = {name: info for name, info in self._file.tensors.items() if name not in factors}
+        layout = find_layout(self.config, inside)
+        self._stored = stored_tensors(of.name, layout, inside, of.layers, of.heads)
         self.tensors: Mapping[str, TensorInfo] = {
-            name: TensorInfo(name, inside[theirs].dtype, inside[theirs].shape) for name, theirs in self._names.items()
+            name: TensorInfo(name, "f32" if stored.plus_one else inside[stored.name].dtype, stored.shape)
+            for name, stored in self._stored.items()
         }
-        self._heads: dict[str, int] = {}
-        for name, theirs in self._names.items():
-            key = architecture.interleaved.get(theirs.rpartition(".")[0].rpartition(".")[2])
-            if key is not None:
-                self._heads[name] = self._head_count(name, key)
         self.text: Mapping[str, Path] = self._write_text(metadata)
 
-    def _rope_factors(self, inside: Mapping[str, TensorInfo]) -> npt.NDArray[np.float32] | None:
-        info = inside.get(ROPE_FACTORS)
-        if info is None:
-            return None
+    def _factors(self, info: TensorInfo) -> Factors:
         if info.dtype != "f32" or len(info.shape) != 1:
-            raise ValueError(f"its {ROPE_FACTORS} is {info.dtype} {list(info.shape)}, a vector of f32 was expected")
-        factors: npt.NDArray[np.float32] = self._file.read_rows(ROPE_FACTORS, 0, 1)[0].view("<f4")
+            raise ValueError(f"its {info.name} is {info.dtype} {list(info.shape)}, a vector of f32 was expected")
+        factors: Factors = self._file.read_rows(info.name, 0, 1)[0].view("<f4")
         return factors
-
-    def _head_count(self, name: str, key: str) -> int:
-        count = self.config.get(key, self.config.get("num_attention_heads"))
-        outputs = self.tensors[name].shape[0]
-        if not isinstance(count, int) or count < 1 or outputs % (2 * count):
-            raise ValueError(f"tensor {name} has {outputs} rows, which {count} heads do not divide into pairs")
-        return count
 
     def _write_text(self, metadata: Mapping[str, Any]) -> dict[str, Path]:
         self._folder = tempfile.TemporaryDirectory(prefix="flashinfer-gguf-")
@@ -81,32 +74,44 @@ class GgufCheckpoint:
 
     def read_rows(self, name: str, start: int, stop: int) -> Words:
         """See `Checkpoint.read_rows`."""
-        theirs = self._names[name]
-        if name not in self._heads:
-            return self._file.read_rows(theirs, start, stop)
-        if len(self.tensors[name].shape) == 1:
-            return self._file.read_rows(theirs, start, stop)[:, self._order(name)]
-        size = self.tensors[name].shape[0] // self._heads[name]
-        first, last = start // size * size, -(-stop // size) * size  # whole heads
-        return self._file.read_rows(theirs, first, last)[self._order(name)[start:stop] - first]
+        stored = self._stored[name]
+        if len(stored.shape) == 1:
+            return self._vector(stored)
+        if stored.rows is None:
+            return self._file.read_rows(stored.name, start, stop)
+        return self._gathered(stored.name, stored.rows[start:stop])
 
     def read_columns(self, name: str, columns: Columns) -> Words:
         """See `Checkpoint.read_columns`."""
-        theirs = self._names[name]
-        if name not in self._heads:
-            return self._file.read_columns(theirs, columns)
-        if len(self.tensors[name].shape) == 1:
-            return self._file.read_columns(theirs, self._order(name)[columns])
-        return self._file.read_columns(theirs, columns)[self._order(name)]
+        stored = self._stored[name]
+        if len(stored.shape) == 1:
+            return self._vector(stored)[:, columns]
+        found = self._file.read_columns(stored.name, columns)
+        return found if stored.rows is None else found[stored.rows]
 
-    def _order(self, name: str) -> npt.NDArray[np.int64]:
-        """Which row of the file each row is: of each head, pairs (x0, y0, x1, y1) become halves (x0, x1, y0, y1)."""
-        rows, heads = self.tensors[name].shape[0], self._heads[name]
-        return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+    def _vector(self, stored: Stored) -> Words:
+        """All of it, `[1, length]`; where the file's tensor is a matrix, it is one of its rows."""
+        if len(self._file.tensors[stored.name].shape) == 2:
+            assert stored.rows is not None
+            return self._gathered(stored.name, stored.rows)
+        words = self._file.read_rows(stored.name, 0, 1)
+        if stored.rows is not None:
+            return words[:, stored.rows]
+        if not stored.plus_one:
+            return words
+        values = codec_named(self._file.tensors[stored.name].dtype).decode(words.view(np.uint8))
+        return (values - np.float32(1)).view("<u4")
+
+    def _gathered(self, name: str, rows: Index) -> Words:
+        """Those rows of the file's matrix, in that order."""
+        pieces = extents(rows)
+        words: Words = np.concatenate([self._file.read_rows(name, start, stop) for start, stop in pieces])
+        numbers = np.concatenate([np.arange(start, stop) for start, stop in pieces])
+        return words[np.searchsorted(numbers, rows)]
 
     def will_need(self, name: str) -> None:
         """See `Checkpoint.will_need`."""
-        self._file.will_need(self._names[name])
+        self._file.will_need(self._stored[name].name)
 
     def close(self) -> None:
         """Close the file and remove the generated ones. Idempotent."""

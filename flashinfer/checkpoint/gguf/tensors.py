@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,16 @@ class GgufFile(RawFile):
         check_apart(path, places)
         return places
 
+    def transpose(self, names: Iterable[str]) -> None:
+        """Have these tensors' matrices be the transpose of what is stored; vectors stay."""
+        turned = {}
+        for name in names:
+            place = self.places[name]
+            if len(place.info.shape) == 2:
+                info = replace(place.info, shape=place.info.shape[::-1])
+                turned[name] = replace(place, info=info, transposed=True)
+        self.places = {**self.places, **turned}
+
     def _dtype(self, entry: TensorEntry) -> str:
         if entry.type in _PLAIN:
             return _PLAIN[entry.type]
@@ -54,12 +66,12 @@ class GgufFile(RawFile):
     def _stored_rows(self, name: str, start: int, stop: int) -> Words:
         if name not in self._quantised:
             return super()._stored_rows(name, start, stop)
-        return self._dequantised(name, start, stop, 0, self.places[name].info.matrix[1])
+        return self._dequantised(name, start, stop, 0, self._layout(name)[3])
 
     def _stored_columns(self, name: str, columns: Columns) -> Words:
         if name not in self._quantised or not isinstance(columns, slice):
             return super()._stored_columns(name, columns)
-        rows, cols = self.places[name].info.matrix
+        _, _, rows, cols = self._layout(name)
         first, last, _ = columns.indices(cols)
         return self._dequantised(name, 0, rows, first, last)
 
@@ -67,7 +79,7 @@ class GgufFile(RawFile):
         """Rows `[start, stop)` of columns `[first, last)`; of each row the blocks are read that hold them."""
         place, kind = self.places[name], self._quantised[name]
         block, block_bytes = GGML_QUANT_SIZES[kind]
-        row_bytes = place.info.matrix[1] // block * block_bytes
+        row_bytes = self._layout(name)[3] // block * block_bytes
         begin, end = first // block, -(-last // block)
         out = np.empty((stop - start, last - first), "<f4")
         step = max(1, _STRIP // max(1, (end - begin) * block))

@@ -1,0 +1,128 @@
+"""Which tensor of a GGUF file, or which part of it, each tensor is that a layout names. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from gguf import MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
+
+from flashinfer.checkpoint.base import TensorInfo
+from flashinfer.checkpoint.gguf.architectures import ARCHITECTURES, Architecture
+from flashinfer.checkpoint.gguf.forms import Form, Heads, Index
+from flashinfer.layout import Layout
+
+Tensors = Mapping[str, TensorInfo]
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A tensor of `shape` as it lies in the file's tensor `name`.
+
+    `rows`: which rows of that each row is (of a vector, which elements), None where it is the tensor as it is.
+    `plus_one`: the file's values are one more.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rows: Index | None = None
+    plus_one: bool = False
+
+
+def stored_tensors(name: str, layout: Layout, inside: Tensors, layers: int, heads: Heads) -> dict[str, Stored]:
+    """By the names of the layout; a tensor it has no place for keeps its own.
+
+    Args:
+        name: the architecture.
+        layout: that of the architecture.
+        inside: the file's tensors by GGUF's names, transposed ones already as the layout wants them.
+        layers: how many there are.
+        heads: of queries and keys.
+
+    Raises:
+        ValueError: more layers than tensors, or heads that do not divide a tensor's rows.
+    """
+    if not 0 < layers <= len(inside):
+        raise ValueError(f"it says {layers} layers for {len(inside)} tensors")
+    architecture = ARCHITECTURES[name]
+    table = get_tensor_name_map(next(k for k, v in MODEL_ARCH_NAMES.items() if v == name), layers)
+    found: dict[str, Stored] = {}
+    for template in _templates(layout):
+        for i in range(layers) if "{i}" in template else (0,):
+            theirs = template.replace("{prefix}", layout.prefixes[0]).replace("{i}", str(i))
+            found |= _place(theirs, architecture, table, inside, heads)
+    placed = {stored.name for stored in found.values()}
+    return found | {n: Stored(n, info.shape) for n, info in inside.items() if n not in placed}
+
+
+def form_of(architecture: Architecture, name: str) -> Form:
+    """What the file has done to its tensor of that name."""
+    stem = _stem(name)
+    return architecture.forms.get(f"{stem}.{name.rpartition('.')[2]}") or architecture.forms.get(stem, Form())
+
+
+def _templates(layout: Layout) -> Iterator[str]:
+    for pattern in layout.tensors.values():
+        yield pattern.name
+        if pattern.otherwise is not None:
+            yield pattern.otherwise
+
+
+def _stem(name: str) -> str:
+    """`attn_q` of `blk.3.attn_q.weight`."""
+    return name.rpartition(".")[0].rpartition(".")[2]
+
+
+def _place(
+    theirs: str, architecture: Architecture, table: TensorNameMap, inside: Tensors, heads: Heads
+) -> dict[str, Stored]:
+    """Where a tensor of a layout lies, if it does; all of them where `theirs` counts rows of one tensor."""
+    whole = theirs
+    for part, instead in architecture.stacked.items():
+        whole = whole.replace(part, instead)
+    ours = table.get_name(whole, try_suffixes=(".weight", ".bias"))
+    if ours is None:
+        return {}
+    if ours not in inside:
+        return _part_of_fused(theirs, ours, architecture, inside, heads)
+    info = inside[ours]
+    if whole != theirs:
+        return {
+            theirs.replace("{h}", str(h)): Stored(ours, info.shape[1:], np.array([h])) for h in range(info.shape[0])
+        }
+    return {theirs: _formed(ours, info.shape, np.arange(info.shape[0]), architecture, ours, heads)}
+
+
+def _part_of_fused(
+    theirs: str, ours: str, architecture: Architecture, inside: Tensors, heads: Heads
+) -> dict[str, Stored]:
+    """q, k or v of a file that has them in one tensor: all of q, then k, then v."""
+    stem = _stem(ours)
+    fused = ours.replace(stem, "attn_qkv")
+    if stem not in ("attn_q", "attn_k", "attn_v") or fused not in inside:
+        return {}
+    rows, *columns = inside[fused].shape
+    size, rest = divmod(rows, heads.queries + 2 * heads.keys)
+    if rest:
+        raise ValueError(
+            f"tensor {fused} has {rows} rows, which {heads.queries} + 2 * {heads.keys} heads do not divide"
+        )
+    starts = np.cumsum([0, heads.queries * size, heads.keys * size, heads.keys * size])
+    k = ("attn_q", "attn_k", "attn_v").index(stem)
+    part = np.arange(starts[k], starts[k + 1])
+    return {theirs: _formed(fused, (len(part), *columns), part, architecture, ours, heads)}
+
+
+def _formed(
+    name: str, shape: tuple[int, ...], rows: Index, architecture: Architecture, called: str, heads: Heads
+) -> Stored:
+    """Those rows of the file's tensor `name`, with what was done to the tensor `called` undone."""
+    form = form_of(architecture, called)
+    if form.order is None:
+        plain = name == called
+        return Stored(name, shape, None if plain else rows, form.plus_one)
+    try:
+        return Stored(name, shape, rows[form.order(len(rows), heads)])
+    except ValueError as e:
+        raise ValueError(f"tensor {called} has {e}") from e
