@@ -42,6 +42,7 @@ def command(
     from flashinfer.cli.progress import byte_progress
     from flashinfer.pack import pack
     from flashinfer.pack.recipe import parse_recipe
+    from flashinfer.text import check_files
     from flashinfer.units import format_size
 
     with usage_errors("--quant"):
@@ -58,6 +59,7 @@ def command(
             force=force,
             allow_nonfinite=allow_nonfinite,
             progress=progress,
+            check_text=lambda files, rows: check_files(files, rows, checkpoint),
         )
     if as_json:
         fields = {"path": str(report.path), "family": report.family, "seconds": round(report.seconds, 3)}

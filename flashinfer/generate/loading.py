@@ -9,10 +9,16 @@ from typing import get_args
 from flashinfer import machine
 from flashinfer.choice import parse_predictor
 from flashinfer.config import BackendName, CacheConfig, Cap, IoConfig, IoObjective, KvType, RunConfig
-from flashinfer.errors import StoreError
 from flashinfer.generate.text_model import TextModel
 from flashinfer.store import Store, open_store
-from flashinfer.text import ChatTemplate, Tokenizer, load_chat_template, load_generation_defaults, load_tokenizer
+from flashinfer.text import (
+    ChatTemplate,
+    Tokenizer,
+    check_fit,
+    load_chat_template,
+    load_generation_defaults,
+    load_tokenizer,
+)
 from flashinfer.trace import Trace
 from flashinfer.units import parse_cap_size
 
@@ -84,7 +90,7 @@ def load(
     files = _text_files(opened)
     # before the engine: it measures what the process holds already, and the tokenizer is part of that
     tokenizer, defaults = load_tokenizer(files), load_generation_defaults(files)
-    _check_fit(tokenizer, opened)
+    check_fit(tokenizer, opened.manifest.facts.vocab_size, opened.root)
     if callable(context):
         context = max(1, min(context(tokenizer), opened.manifest.facts.context_length))
 
@@ -112,16 +118,6 @@ def chat_template_of(store: str | Path, chosen: str | None = None) -> ChatTempla
 
 def _text_files(store: Store) -> dict[str, Path]:
     return {name: store.path_of(entry) for name, entry in store.manifest.text.items()}
-
-
-def _check_fit(tokenizer: Tokenizer, store: Store) -> None:
-    """Refuse another model's tokenizer. Added tokens without a row are only refused when they occur."""
-    rows = store.manifest.facts.vocab_size
-    if tokenizer.base_size > rows:
-        raise StoreError(
-            f"{store.root}: its tokenizer has {tokenizer.base_size} tokens, its embedding {rows}: they do not belong "
-            "together; put the model's own tokenizer into the checkpoint, then pack again"
-        )
 
 
 def _check_run(run: RunConfig) -> None:

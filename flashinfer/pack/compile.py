@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,9 @@ from flashinfer.store.manifest import FileEntry, Manifest
 from flashinfer.store.neurons import write_neurons
 from flashinfer.store.progress import Meter, Progress
 from flashinfer.store.writer import StoreWriter
+
+CheckText = Callable[[Mapping[str, Path], int], None]
+"""What looks at the text files of a checkpoint, by name, and at how many rows its embedding has."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ def pack(
     permutation: Sequence[npt.ArrayLike] | None = None,
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
+    check_text: CheckText | None = None,
 ) -> PackReport:
     """Compile the checkpoint into a weight store at `store`.
 
@@ -75,6 +79,7 @@ def pack(
         alignment: of records, in bytes: a power of two from 512 to 4096.
         permutation: per layer, which neuron lies at each position; None keeps the original order.
         progress: called with bytes written and bytes in all.
+        check_text: called before anything is written; what it raises ends the call.
 
     Raises:
         CheckpointError: the checkpoint cannot be packed: missing or damaged files, wrong or non-finite tensors.
@@ -87,6 +92,8 @@ def pack(
     source = open_checkpoint(checkpoint, delta=delta, adapter=merge_adapter)
     try:
         plan, source = _plan(source, layout, options)
+        if check_text is not None:
+            check_text(source.text, plan.match.facts.vocab_size)
         with StoreWriter(Path(store), need=plan.need, force=force) as writer:
             manifest = _write(source, plan, writer, Meter(plan.data_bytes, progress), allow_nonfinite)
             writer.commit(manifest)

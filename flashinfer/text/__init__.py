@@ -4,6 +4,7 @@ from flashinfer.text.chat import ChatFormat, TurnEnd
 from flashinfer.text.chat_template import ChatTemplate, Message, built_in, load_chat_template, opening
 from flashinfer.text.defaults import GenerationDefaults, load_generation_defaults
 from flashinfer.text.detokenizer import Detokenizer
+from flashinfer.text.fit import check_files, check_fit
 from flashinfer.text.load import load_tokenizer
 from flashinfer.text.tokenizer import Tokenizer
 
@@ -16,6 +17,8 @@ __all__ = [
     "Tokenizer",
     "TurnEnd",
     "built_in",
+    "check_files",
+    "check_fit",
     "load_chat_template",
     "load_generation_defaults",
     "load_tokenizer",

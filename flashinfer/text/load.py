@@ -14,6 +14,11 @@ _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 """A token in base64 and its rank; sentencepiece's files are protobuf."""
 
 
+def has_tokenizer(files: Mapping[str, Path]) -> bool:
+    """Whether `load_tokenizer` finds one, be it damaged."""
+    return bool(files.keys() & {"tokenizer.json", "tokenizer.model"}) or files.keys() >= {"vocab.json", "merges.txt"}
+
+
 def load_tokenizer(files: Mapping[str, Path]) -> Tokenizer:
     """The tokenizer of a checkpoint whose text files are `files`, by the names the checkpoint used.
 

@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import flashinfer
+from tests.compile.gguf_files import write_gguf
 from tests.e2e.program import assert_failed, flashinfer_with, names_in
 from tests.plain_checkpoint import LLAMA, Tensors, fill, llama_shapes, save, save_raw, write_checkpoint
+from tests.tiny_tokenizers import tiny_json
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 
@@ -144,12 +147,35 @@ def test_what_is_no_checkpoint(checkpoint: str, parts: tuple[str, ...], tmp_path
     assert names_in(tmp_path) == ["model.gguf"]
 
 
-def test_a_broken_tokenizer_is_noticed_when_it_is_used(tmp_path: Path) -> None:
-    """`pack` carries text files byte for byte; who reads them says what is wrong with them."""
-    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+def test_a_broken_tokenizer(tmp_path: Path) -> None:
+    """Before hours of packing, not after them. From Python `pack` carries it along, and its user says it."""
+    checkpoint, store = write_checkpoint(tmp_path / "checkpoint"), tmp_path / "out" / "store"
+    store.parent.mkdir()
     (checkpoint / "tokenizer.json").write_text('{"version": "1.0"')
-    assert flashinfer_with("pack", checkpoint, tmp_path / "store").returncode == 0
-    assert_failed(flashinfer_with("generate", tmp_path / "store", "-p", "x"), "tokenizer.json", "pack")
+    assert_failed(flashinfer_with("pack", checkpoint, store), "tokenizer.json", "damaged")
+    assert names_in(store.parent) == []
+    flashinfer.pack(checkpoint, store)
+    assert_failed(flashinfer_with("generate", store, "-p", "x"), "tokenizer.json", "pack")
+
+
+def test_the_tokenizer_of_another_model(tmp_path: Path) -> None:
+    checkpoint, store = write_checkpoint(tmp_path / "checkpoint"), tmp_path / "out" / "store"
+    store.parent.mkdir()
+    tokens = len(json.loads(tiny_json(checkpoint)["tokenizer.json"].read_text())["model"]["vocab"])
+    said = f"{checkpoint}: its tokenizer has {tokens} tokens, its embedding {LLAMA['vocab_size']}: they do not belong"
+    assert_failed(flashinfer_with("pack", checkpoint, store), said)
+    assert names_in(store.parent) == []
+
+
+def test_the_tokenizer_in_a_gguf_file_of_another_model(tmp_path: Path) -> None:
+    rows, tokens = LLAMA["vocab_size"], [f"<{i}>" for i in range(30)]
+    write_gguf(
+        tmp_path / "x.gguf", tokenizer__ggml__model="llama", tokenizer__ggml__tokens=tokens,
+        tokenizer__ggml__scores=[0.0] * 30, tokenizer__ggml__token_type=[2] + [1] * 29,
+    )  # fmt: skip
+    said = f"its tokenizer has 30 tokens, its embedding {rows}"
+    assert_failed(flashinfer_with("pack", tmp_path / "x.gguf", tmp_path / "store"), "x.gguf", said)
+    assert names_in(tmp_path) == ["x.gguf"]
 
 
 def test_no_tokenizer_at_all(tmp_path: Path) -> None:
