@@ -7,11 +7,8 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from flashinfer.checkpoint import open_checkpoint
-from flashinfer.checkpoint.gguf.tensors import GgufFile
 from flashinfer.errors import CheckpointError
 from tests.compile.gguf_files import described, entry, forged, string, write_gguf
 from tests.plain_checkpoint import LLAMA, fill, llama_shapes
@@ -76,6 +73,7 @@ class TestHeader:
         [
             ([described("t", ())], "0 dimensions"),
             ([described("t", (1,) * 9)], "9 dimensions"),
+            ([described("t", (2**62, 0))], "'t' is empty"),
             ([described("t", (4,), kind=77)], "77 is not a valid GGMLQuantizationType"),
             ([described("t", (33,), kind=8)], "rows of 33 values, Q8_0 needs multiples of 32"),
             ([described("t", (5,))], "lies outside the file"),
@@ -101,25 +99,6 @@ class TestHeader:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 4 << 20
-
-    @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-    @given(st.data())
-    def test_any_damage_is_an_error_or_harmless(self, tmp_path: Path, data) -> None:
-        good = tmp_path / "good.gguf"
-        if not good.exists():
-            write_gguf(good, tensors=fill({"model.embed_tokens.weight": (4, 16)}), extra=["a", "b"])
-        raw = bytearray(good.read_bytes())
-        for _ in range(data.draw(st.integers(1, 3))):
-            raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-        bad = tmp_path / "bad.gguf"
-        bad.write_bytes(raw[: data.draw(st.integers(0, len(raw)))])
-        try:
-            file = GgufFile(bad)
-            for name, info in file.tensors.items():
-                file.read_rows(name, 0, 1) if len(info.shape) in (1, 2) and 0 not in info.shape else None
-        except CheckpointError:
-            return
-        file.close()
 
     @pytest.mark.shared
     def test_a_file_copied_as_text(self) -> None:

@@ -10,15 +10,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
 
+from flashinfer import pack
 from flashinfer.checkpoint import open_checkpoint
 from flashinfer.checkpoint.gguf.bpe import SPLITTINGS
 from flashinfer.checkpoint.gguf.tensors import GgufFile
 from flashinfer.checkpoint.gguf.tokenizer import tokenizer_files
-from flashinfer.text import Tokenizer, load_tokenizer
+from flashinfer.generate import chat_template_of
+from flashinfer.text import Detokenizer, Tokenizer, load_tokenizer
 from tests.compile.gguf_files import write_gguf
 from tests.shared_data import shared_data
 from tests.text.test_expected_ids import cases
+from tests.tiny_tokenizers import tiny_gpt2, tiny_sentencepiece
 
 SPM = {
     "tokenizer.ggml.model": "llama",
@@ -152,6 +160,87 @@ class TestBpe:
         assert tokenizer.encode("ab a") == [4, 3]
 
 
+SPLIT = "It's 12345 IT'S \u00dcberX!?\n\n  x\u4f60\u597d\u2026y"
+WORDS = " x\u4f60\u597d"
+MARKS = ["\u2026", "y"]
+GPT2 = ["It", "'s", " 12345", " IT", "'", "S", " \u00dcberX", "!?", "\n\n ", WORDS, *MARKS]
+CL100K = ["It", "'s", " ", "123", "45", " IT", "'S", " \u00dcberX", "!?\n\n", " ", WORDS, "\u2026y"]
+QWEN2 = ["It", "'s", " ", *"12345", " IT", "'S", " \u00dcberX", "!?\n\n", " ", WORDS, "\u2026y"]
+APART = ["It", "'s", " ", *"12345", " IT", "'", "S", " \u00dcberX", "!?", "\n\n ", WORDS, *MARKS]
+PIECES = {
+    "gpt-2": GPT2, "phi-2": GPT2, "mpt": GPT2, "olmo": GPT2,
+    "falcon": ["It", "'", "s", " ", "123", "45", *GPT2[3:]],
+    "llama-bpe": CL100K, "llama3": CL100K, "llama-v3": CL100K, "falcon3": CL100K, "smaug-bpe": CL100K, "dbrx": CL100K,
+    "qwen2": QWEN2, "stablelm2": QWEN2, "deepseek-r1-qwen": QWEN2,
+    "starcoder": APART, "refact": APART, "command-r": APART, "smollm": APART,
+    "gpt-4o": ["It's", " ", "123", "45", " IT'S", " \u00dcber", "X", "!?\n\n", " ", WORDS, "\u2026y"],
+    "tekken": ["It", "'s", " ", *"12345", " IT", "'S", " \u00dcber", "X", "!?\n\n", " ", WORDS, "\u2026y"],
+    "bloom": ["It's", " 12345", " IT'S", " \u00dcberX", "!?\n\n ", WORDS, *MARKS],
+    "deepseek-coder": [
+        "It", "'", "s", " ", *"12345", " IT", "'", "S", " \u00dcberX", "!?", "\n", "\n", " ", " x", "\u4f60\u597d",
+        *MARKS,
+    ],
+}  # fmt: skip
+"""Where each splits `SPLIT`. Written down from a comparison of token ids with llama.cpp's."""
+
+
+@pytest.mark.parametrize("pre", SPLITTINGS)
+def test_where_a_text_is_split(pre: str) -> None:
+    pieces = [SPLIT]
+    for pattern in SPLITTINGS[pre].patterns:
+        split = Split(Regex(pattern), behavior="isolated")
+        pieces = [p for piece in pieces for p, _ in split.pre_tokenize_str(piece)]
+    assert pieces == PIECES[pre]
+
+
+def spm_metadata(files: dict[str, Path]) -> dict[str, Any]:
+    """What llama.cpp's converter writes of a sentencepiece model."""
+    model = sentencepiece.SentencePieceProcessor(str(files["tokenizer.model"]))
+    ids = range(model.get_piece_size())
+    kinds = [2 if model.is_unknown(i) else 3 if model.is_control(i) else 6 if model.is_byte(i) else 1 for i in ids]
+    return {
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": [model.id_to_piece(i) for i in ids],
+        "tokenizer.ggml.scores": np.array([model.get_score(i) for i in ids], np.float32),
+        "tokenizer.ggml.token_type": np.array(kinds, np.int32), "tokenizer.ggml.bos_token_id": model.bos_id(),
+        "tokenizer.ggml.eos_token_id": model.eos_id(), "tokenizer.ggml.unknown_token_id": model.unk_id(),
+    }  # fmt: skip
+
+
+def bpe_metadata(files: dict[str, Path]) -> dict[str, Any]:
+    """The same of a byte-level BPE."""
+    vocab = json.loads(files["vocab.json"].read_text())
+    tokens = sorted(vocab, key=vocab.__getitem__)
+    kinds = [3 if token in ("<s>", "<pad>", "</s>", "<unk>") else 1 for token in tokens]
+    return {
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": files["merges.txt"].read_text().split("\n")[1:-1],
+        "tokenizer.ggml.token_type": np.array(kinds, np.int32), "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.bos_token_id": vocab["</s>"], "tokenizer.ggml.eos_token_id": vocab["</s>"],
+    }  # fmt: skip
+
+
+KINDS = {"llama": (tiny_sentencepiece, spm_metadata), "gpt2": (tiny_gpt2, bpe_metadata)}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def rebuilt(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Tokenizer]:
+    """A tokenizer, and what is rebuilt of it from a GGUF file's metadata."""
+    make, metadata = KINDS[request.param]
+    files = make(tmp_path_factory.mktemp("source"))
+    return load_tokenizer(files), load(tmp_path_factory.mktemp("rebuilt"), metadata(files))
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_a_rebuilt_tokenizer_is_its_source(rebuilt: tuple[Tokenizer, Tokenizer], text: str) -> None:
+    source, ours = rebuilt
+    assert ours.encode(text) == source.encode(text)
+    stream = Detokenizer(ours)
+    pieces = [stream.push(token) for token in ours.encode(text)]
+    assert "".join(pieces) + stream.flush() == source.decode(source.encode(text))
+    assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
+
+
 class TestRefused:
     @pytest.mark.parametrize(
         ("metadata", "message"),
@@ -191,3 +280,6 @@ def test_what_a_checkpoint_carries(tmp_path: Path) -> None:
     assert c.text["chat_template.jinja"].read_text() == "{{ messages }}"
     assert json.loads(c.text["config.json"].read_text())["eos_token_id"] == 2
     c.close()
+    pack(tmp_path / "x.gguf", tmp_path / "store")
+    template = chat_template_of(tmp_path / "store")
+    assert template.source == "{{ messages }}"

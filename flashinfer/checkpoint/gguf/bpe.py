@@ -7,7 +7,7 @@ How a text is split before merging is named in `tokenizer.ggml.pre`; the regular
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tokenizers
@@ -16,10 +16,21 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from flashinfer.checkpoint.gguf.vocabulary import CONTROL, USER_DEFINED, Vocabulary
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_MODERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_ENDING = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_BEFORE = r"[^\r\n\p{L}\p{N}]?"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_BREAKS = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _by_letters(digits: str) -> str:
+    """As GPT-4 (cl100k) splits; so many digits together."""
+    return rf"{_ENDING}|{_BEFORE}\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*{_BREAKS}"
+
+
+def _by_case(ending: str, digits: str) -> str:
+    """As GPT-4o (o200k) splits, where a capital begins a word."""
+    words = f"{_BEFORE}{_UPPER}*{_LOWER}+{ending}|{_BEFORE}{_UPPER}+{_LOWER}*{ending}"
+    return rf"{words}|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*{_BREAKS}"
 
 
 @dataclass(frozen=True)
@@ -35,9 +46,12 @@ class Splitting:
     add_bos: bool = False
 
 
-_LLAMA3 = Splitting((_MODERN.format(digits="{1,3}"),), ignore_merges=True, add_bos=True)
-_QWEN2 = Splitting((_MODERN.format(digits=""),), nfc=True)
+_CL100K = Splitting((_by_letters("{1,3}"),))
+_LLAMA3 = replace(_CL100K, ignore_merges=True, add_bos=True)
+_QWEN2 = Splitting((_by_letters(""),), nfc=True)
 _DIGITS_APART = Splitting((r"\p{N}", _GPT2))
+_O200K = Splitting((_by_case(f"{_ENDING}?", "{1,3}"),))
+_TEKKEN = Splitting((_by_case("", ""),), ignore_merges=True, add_bos=True)
 SPLITTINGS: Mapping[str, Splitting] = {
     "gpt-2": Splitting((_GPT2,)),
     "phi-2": Splitting((_GPT2,)),
@@ -47,12 +61,22 @@ SPLITTINGS: Mapping[str, Splitting] = {
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
+    "falcon3": _LLAMA3,
+    "smaug-bpe": _CL100K,
+    "dbrx": _CL100K,
     "qwen2": _QWEN2,
+    "stablelm2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
     "starcoder": _DIGITS_APART,
     "refact": _DIGITS_APART,
     "command-r": _DIGITS_APART,
     "smollm": _DIGITS_APART,
+    "gpt-4o": _O200K,
+    "tekken": _TEKKEN,
+    "bloom": Splitting((" ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+",)),
+    "deepseek-coder": Splitting(
+        (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}")
+    ),
 }
 """By `tokenizer.ggml.pre`."""
 _UNSAID = {"gpt2": "gpt-2", "gptneox": "mpt", "mpt": "mpt", "falcon": "falcon"}
@@ -62,7 +86,7 @@ _UNSAID = {"gpt2": "gpt-2", "gptneox": "mpt", "mpt": "mpt", "falcon": "falcon"}
 def splitting_of(metadata: Mapping[str, Any]) -> Splitting:
     """How the file's tokenizer splits a text. Raises ValueError: in a way that is not known, or it does not say."""
     name = metadata.get("tokenizer.ggml.pre", _UNSAID.get(str(metadata.get("general.architecture"))))
-    if name not in SPLITTINGS:
+    if not isinstance(name, str) or name not in SPLITTINGS:
         known = ", ".join(SPLITTINGS)
         raise ValueError(
             f"it says tokenizer.ggml.pre = {str(name)[:40]!r}, known are {known}: get the model as safetensors"

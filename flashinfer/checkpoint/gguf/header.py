@@ -140,6 +140,8 @@ def _description(cursor: _Cursor) -> tuple[str, tuple[int, ...], GGMLQuantizatio
     if not 1 <= dimensions <= 4:
         raise ValueError(f"tensor {name[:80]!r} has {dimensions} dimensions")
     shape = tuple(cursor.unsigned(8) for _ in range(dimensions))
+    if 0 in shape:
+        raise ValueError(f"tensor {name[:80]!r} is empty")
     return name, shape[::-1], GGMLQuantizationType(cursor.unsigned(4)), cursor.unsigned(8)
 
 

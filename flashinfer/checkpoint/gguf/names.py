@@ -15,6 +15,10 @@ from flashinfer.layout import Layout
 
 Tensors = Mapping[str, TensorInfo]
 
+_PARTS = ("attn_q", "attn_k", "attn_v")
+_MOST_ROWS = 1 << 24
+"""Far more than any model has: a list is made of them before the layout can contradict."""
+
 
 @dataclass(frozen=True, eq=False)
 class Stored:
@@ -84,14 +88,20 @@ def _place(
     ours = table.get_name(whole, try_suffixes=(".weight", ".bias"))
     if ours is None:
         return {}
-    if ours not in inside:
-        return _part_of_fused(theirs, ours, architecture, inside, heads)
-    info = inside[ours]
-    if whole != theirs:
-        return {
-            theirs.replace("{h}", str(h)): Stored(ours, info.shape[1:], np.array([h])) for h in range(info.shape[0])
-        }
-    return {theirs: _formed(ours, info.shape, np.arange(info.shape[0]), architecture, ours, heads)}
+    if whole != theirs and ours in inside:
+        return _unstacked(theirs, inside[ours], heads)
+    if ours in inside:
+        return {theirs: _formed(inside[ours], None, architecture, ours, heads)}
+    return _part_of_fused(theirs, ours, architecture, inside, heads)
+
+
+def _unstacked(theirs: str, info: TensorInfo, heads: Heads) -> dict[str, Stored]:
+    """A vector for each head, which the file has as the rows of one tensor."""
+    if len(info.shape) != 2 or info.shape[0] not in heads:
+        raise ValueError(f"tensor {info.name} has shape {list(info.shape)}, a row for each head was expected")
+    return {
+        theirs.replace("{h}", str(h)): Stored(info.name, info.shape[1:], np.array([h])) for h in range(info.shape[0])
+    }
 
 
 def _part_of_fused(
@@ -99,30 +109,29 @@ def _part_of_fused(
 ) -> dict[str, Stored]:
     """q, k or v of a file that has them in one tensor: all of q, then k, then v."""
     stem = _stem(ours)
-    fused = ours.replace(stem, "attn_qkv")
-    if stem not in ("attn_q", "attn_k", "attn_v") or fused not in inside:
+    info = inside.get(ours.replace(stem, "attn_qkv"))
+    if stem not in _PARTS or info is None:
         return {}
-    rows, *columns = inside[fused].shape
-    size, rest = divmod(rows, heads.queries + 2 * heads.keys)
+    size, rest = divmod(info.shape[0], heads.queries + 2 * heads.keys)
     if rest:
-        raise ValueError(
-            f"tensor {fused} has {rows} rows, which {heads.queries} + 2 * {heads.keys} heads do not divide"
-        )
-    starts = np.cumsum([0, heads.queries * size, heads.keys * size, heads.keys * size])
-    k = ("attn_q", "attn_k", "attn_v").index(stem)
-    part = np.arange(starts[k], starts[k + 1])
-    return {theirs: _formed(fused, (len(part), *columns), part, architecture, ours, heads)}
+        raise ValueError(f"tensor {info.name} has {info.shape[0]} rows, which {heads} do not divide")
+    counts = [heads.queries * size, heads.keys * size, heads.keys * size]
+    part = _PARTS.index(stem)
+    return {theirs: _formed(info, (sum(counts[:part]), counts[part]), architecture, ours, heads)}
 
 
 def _formed(
-    name: str, shape: tuple[int, ...], rows: Index, architecture: Architecture, called: str, heads: Heads
+    info: TensorInfo, part: tuple[int, int] | None, architecture: Architecture, called: str, heads: Heads
 ) -> Stored:
-    """Those rows of the file's tensor `name`, with what was done to the tensor `called` undone."""
-    form = form_of(architecture, called)
-    if form.order is None:
-        plain = name == called
-        return Stored(name, shape, None if plain else rows, form.plus_one)
+    """A tensor of the file, or that part of it (first row, how many), with what was done to `called` undone."""
+    form, (first, count) = form_of(architecture, called), part or (0, info.shape[0])
+    if count > _MOST_ROWS:
+        raise ValueError(f"tensor {info.name} has {count} rows")
+    shape = (count, *info.shape[1:])
+    if form.order is None and part is None:
+        return Stored(info.name, shape, plus_one=form.plus_one)
     try:
-        return Stored(name, shape, rows[form.order(len(rows), heads)])
+        rows = np.arange(count) if form.order is None else form.order(count, heads)
     except ValueError as e:
         raise ValueError(f"tensor {called} has {e}") from e
+    return Stored(info.name, shape, first + rows, form.plus_one)
