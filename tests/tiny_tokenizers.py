@@ -11,7 +11,7 @@ from typing import Any
 
 import sentencepiece
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 CORPUS = [
     "Once upon a time there was a little girl. She had a red ball.",
@@ -41,6 +41,27 @@ def tiny_json(folder: Path, *, bos: bool = True) -> dict[str, Path]:
     library.decoder = decoders.ByteLevel()
     if bos:
         library.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    library.save(str(path))
+    config.write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    return {path.name: path, config.name: config}
+
+
+def tiny_llama_json(folder: Path) -> dict[str, Path]:
+    """Llama's as a `tokenizer.json`: what is in no token falls back to bytes, and a text begins with a space."""
+    marks = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    trained = tokenizers.Tokenizer(models.BPE())
+    trained.normalizer = marks
+    trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=90, limit_alphabet=40, show_progress=False))
+    learnt = json.loads(trained.to_str())["model"]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *learnt["vocab"]]
+    vocab, merges = {name: i for i, name in enumerate(names)}, [tuple(pair) for pair in learnt["merges"]]
+    library = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    library.normalizer = marks
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    library.decoder = decoders.Sequence(parts)
+    library.add_special_tokens(["<unk>", "<s>", "</s>"])
+    library.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
     library.save(str(path))
     config.write_text('{"bos_token": "<s>", "eos_token": "</s>"}')

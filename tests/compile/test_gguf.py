@@ -24,7 +24,7 @@ from flashinfer.model.rotary import inverse_frequencies
 from flashinfer.quant import codec_named
 from flashinfer.store import open_store
 from flashinfer.store.facts import Rope
-from tests.compile.gguf_files import write_gguf
+from tests.compile.gguf_files import described, forged, write_gguf
 from tests.plain_checkpoint import LLAMA, fill, llama_shapes, write_checkpoint
 from tests.shared_data import shared_data
 
@@ -85,6 +85,29 @@ class TestReading:
         c0, c1 = sorted(a.draw(st.tuples(st.integers(0, 128), st.integers(0, 128))))
         assert (file.read_rows("m", r0, r1).view("<f4") == whole[r0:r1]).all()
         assert (file.read_columns("m", slice(c0, c1)).view("<f4") == whole[:, c0:c1]).all()
+        file.close()
+
+    @pytest.mark.parametrize("kind", [k for k in Type if k in gguf.quants._type_traits], ids=lambda k: k.name)
+    def test_every_type_the_library_dequantises(self, tmp_path: Path, kind: Type) -> None:
+        """Blocks of any bits, so infinities among them: bit for bit the library's values."""
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        data = np.random.default_rng(kind).integers(0, 256, (3, 512 // block * size), dtype=np.uint8)
+        write_matrix(tmp_path / "m.gguf", data, kind)
+        file = GgufFile(tmp_path / "m.gguf")
+        assert file.tensors["m"].shape == (3, 512)
+        with np.errstate(all="ignore"):
+            expected = gguf.quants.dequantize(data, kind)
+            got = codec_named(file.tensors["m"].dtype).decode(file.read_rows("m", 0, 3).view(np.uint8))
+        assert np.array_equal(got, expected, equal_nan=True)
+        file.close()
+
+    @pytest.mark.parametrize("kind", [Type.F64, Type.I8, Type.Q8_1], ids=lambda k: k.name)
+    def test_a_type_that_is_not_read_is_named(self, tmp_path: Path, kind: Type) -> None:
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        forged(tmp_path / "m.gguf", tensors=(described("m", (64, 3), kind),), tail=32 + 192 // block * size)
+        file = GgufFile(tmp_path / "m.gguf")
+        with pytest.raises(CheckpointError, match=f"tensor m of .* is {kind.name}; F32, F16 and BF16 can be packed"):
+            file.read_rows("m", 0, 3)
         file.close()
 
     def test_memory_is_that_of_the_part(self, tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from flashinfer.text import Tokenizer, load_tokenizer
-from tests.tiny_tokenizers import tiny_gpt2, tiny_json, tiny_sentencepiece, tiny_tiktoken
+from tests.tiny_tokenizers import tiny_gpt2, tiny_json, tiny_llama_json, tiny_sentencepiece, tiny_tiktoken
 
 TINY: dict[str, Callable[[Path], dict[str, Path]]] = {
     "sentencepiece": tiny_sentencepiece,
     "json": tiny_json,
+    "llama-json": tiny_llama_json,
     "gpt2": tiny_gpt2,
     "tiktoken": tiny_tiktoken,
 }
