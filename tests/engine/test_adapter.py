@@ -196,7 +196,7 @@ def run_logits(store: Path, cap: Cap, run: RunConfig) -> tuple[Floats, ...]:
         return model.logits(session, PROMPT), *(model.step(session, [t]) for t in DECODED)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     case=st.sampled_from(["all-linear", "silu", "opt"]),
     decision=st.sampled_from(["separate", "bundled"]),
