@@ -24,8 +24,9 @@ def made_by_peft(base: Path, adapter: Path, *, safetensors: bool = True, seed: i
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # that biases change, or that a whole head is saved, as asked
+        torch.manual_seed(seed)
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config)).eval()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():

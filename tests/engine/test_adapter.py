@@ -438,4 +438,4 @@ def test_half_precision_adapters_keep_their_type(tmp_path: Path, dtype: str) -> 
     assert read_adapter(tmp_path / "adapter", open_store(tmp_path / "store")).needs.bytes < 0.6 * whole
     for backend in BACKENDS:
         found = logits(tmp_path / "store", tmp_path / "adapter", backend=backend)
-        assert np.abs(found - expected).max() <= 1e-5
+        assert np.abs(found - expected).max() <= 1e-4
