@@ -34,7 +34,8 @@ token, from transformers' own; `scale` is the standard deviation of those logits
 checkpoint: families are listed with that of the case.
 
 What streams at the floor: of a sparse model the neurons that fire, of a dense one all neurons; in both all matrices of
-attention and head, and of a sparse model the one that decides who fires.
+attention and head, and of a sparse model the one that decides who fires. Of a mixture of experts the neurons of those
+that a token gets, and all of layers that have none; and routers.
 
 | case | layout | activation | neurons | streams | largest difference | scale |
 | --- | --- | --- | --- | --- | --- | --- |"""
@@ -65,8 +66,11 @@ def line(case: str, folder: Path) -> tuple[str, str]:
     pack(make(case, folder / "checkpoint"), folder / "store")
     largest, scale, f, backend = difference(case, folder / "checkpoint", folder / "store")
     kind = f"{f.activation}, gated" if f.gated else f.activation
-    streams = "those that fire" if f.sparse else "all"
-    cells = (case, f"`{f.family}`", kind, "sparse" if f.sparse else "dense", streams, f"{largest:.1e}", f"{scale:.2f}")
+    neurons, streams = ("sparse", "those that fire") if f.sparse else ("dense", "all")
+    if f.experts is not None:
+        shared = " and the shared" if f.experts.shared_size else ""
+        neurons, streams = f"{f.experts.count} experts", f"the {f.experts.per_token} chosen{shared}"
+    cells = (case, f"`{f.family}`", kind, neurons, streams, f"{largest:.1e}", f"{scale:.2f}")
     return f"| {' | '.join(cells)} |", backend
 
 

@@ -8,11 +8,12 @@ from typing import Literal, get_args
 import msgspec
 
 from flashinfer.errors import PredictorError
-from flashinfer.store import Calibration, Facts, Level, Manifest
+from flashinfer.store import Calibration, Experts, Facts, Level, Manifest
 from flashinfer.store.calibration import Approximate
 
-Kind = Literal["exact", "certified", "low-rank", "threshold", "all"]
-"""`exact`: the sign of the decision product. `all`: every neuron."""
+Kind = Literal["exact", "certified", "low-rank", "threshold", "all", "router"]
+"""`exact`: the sign of the decision product. `all`: every neuron. `router`: that of a mixture of experts, which is also
+what `exact` and `auto` mean there."""
 APPROXIMATIONS: tuple[Approximate, ...] = get_args(Approximate)
 _ROLES: dict[Kind, tuple[str, ...]] = {
     "certified": (".sketch.",), "low-rank": (".lowrank.",), "threshold": (".threshold",)
@@ -22,10 +23,12 @@ CALIBRATE = "run `flashinfer calibrate STORE --text FILE`"
 
 @dataclass(frozen=True)
 class Choice:
-    """A predictor, and for an approximation the level it runs at."""
+    """A predictor, and for an approximation the level it runs at. `experts`: how many a token gets, where it is not as
+    many as the model was made for."""
 
     kind: Kind = "exact"
     level: Level | None = None
+    experts: int | None = None
 
     def selects(self, facts: Facts) -> bool:
         """Whether some neurons can be left out at all; else every step needs all of them."""
@@ -34,6 +37,8 @@ class Choice:
     @property
     def note(self) -> str:
         """For people: empty where nothing is approximated."""
+        if self.experts is not None:
+            return f"{self.experts} experts for each token, which is not what the model was made for"
         if self.level is None:
             return ""
         worse = self.level.perplexity / self.level.exact_perplexity - 1.0
@@ -41,16 +46,23 @@ class Choice:
         return f"{self.kind} predictor at {what} {self.level.target:g} (perplexity {worse:+.2%} when calibrated)"
 
 
-def choices(m: Manifest, calibration: Calibration | None, asked: str, max_ppl_increase: float) -> list[Choice]:
+def choices(
+    m: Manifest, calibration: Calibration | None, asked: str, max_ppl_increase: float, experts: int | None = None
+) -> list[Choice]:
     """What `asked` allows: one predictor, or for `auto` all within that share of perplexity, exact ones first.
 
-    asked: `exact`, `certified`, `all`, `auto`, or `low-rank`, `threshold`, with `:TARGET` for a recorded level.
+    asked: `exact`, `certified`, `all`, `auto`, `router`, or `low-rank`, `threshold`, with `:TARGET` for a recorded
+    level. experts: how many a token gets, None as many as the model was made for.
 
     Raises:
         PredictorError: the store has no such predictor, or not at that level.
         ValueError: there is no such name.
     """
     name, target = parse_predictor(asked)
+    if m.facts.experts is not None:
+        return [_routed(m.facts.experts, name, experts)]
+    if name == "router" or experts is not None:
+        raise PredictorError("this model is dense: it has no experts of which a router could choose some")
     if name == "auto":
         return [_exact(m), *_good_enough(m, calibration, max_ppl_increase)]
     if name == "all":
@@ -85,6 +97,19 @@ def under_adapter(m: Manifest, asked: str, decides: bool) -> Choice:
     return Choice("all") if found.kind == "certified" and decides else found
 
 
+def _routed(experts: Experts, name: str, per_token: int | None) -> Choice:
+    """What a mixture of experts runs with."""
+    if name not in ("exact", "auto", "router", "all"):
+        raise PredictorError(
+            f"{name} is for dense models; of a mixture of experts the router says who is needed: leave --predictor out"
+        )
+    most = experts.count // experts.groups * experts.top_groups
+    if per_token is not None and not 1 <= per_token <= most:
+        raise PredictorError(f"{per_token} experts for each token is not in 1..{most}, what this model can choose")
+    other = per_token if per_token != experts.per_token else None
+    return Choice("all" if name == "all" else "router", experts=other)
+
+
 def parse_predictor(asked: str) -> tuple[str, str]:
     """The name, and the target behind the colon or an empty text. Raises ValueError: there is no such name."""
     name, colon, target = asked.partition(":")
@@ -96,6 +121,8 @@ def parse_predictor(asked: str) -> tuple[str, str]:
 
 def has(m: Manifest, kind: Kind) -> bool:
     """Whether the store carries what that predictor needs."""
+    if kind == "router":
+        return m.facts.experts is not None
     return kind in ("exact", "all") or any(_belongs(role, kind) for role in m.tensors)
 
 

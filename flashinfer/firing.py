@@ -9,8 +9,8 @@ from typing import Literal
 import msgspec
 
 from flashinfer.choice import Choice
-from flashinfer.store import Calibration, LayerStatistics, Manifest
-from flashinfer.store.geometry import ASSUMED_DENSITY, ASSUMED_KINSHIP, ASSUMED_REUSE
+from flashinfer.store import Calibration, Facts, LayerStatistics, Manifest
+from flashinfer.store.geometry import ASSUMED_DENSITY, ASSUMED_KINSHIP, ASSUMED_REUSE, EXPERT_REUSE
 
 SAME_LEVEL = 0.02
 """Statistics were taken at one level of a predictor; levels whose density differs by less are not told apart."""
@@ -23,6 +23,8 @@ class Firing:
     density: share of its neurons that one token needs. hit_rate: share of needed records found in slots, where
     measured under the very plan; else it follows from `measured` where there is a calibration, or from the share of
     slots and `reuse` (`store.geometry.ASSUMED_REUSE`).
+    always: share of its neurons, among `density`, that every token needs. together: how many others are needed or not
+    as one, an expert's.
     """
 
     density: float = ASSUMED_DENSITY
@@ -30,18 +32,20 @@ class Firing:
     hit_rate: float | None = None
     source: Literal["assumed", "measured"] = "assumed"
     measured: LayerStatistics | None = None
+    always: float = 0.0
+    together: int = 1
 
     def needed(self, tokens: int) -> float:
         """Share of a layer's neurons that so many tokens in a row need together."""
         if self.measured is None:
-            return 1.0 - float((1.0 - self.density) ** (tokens**ASSUMED_KINSHIP))
+            return self.always + (1.0 - self.always) * self._chosen(tokens)
         return _between(self.measured.union, math.log2(tokens))
 
     def touched(self, tokens: int, bundles_per_record: int) -> float:
         """Share of a layer's records that so many tokens in a row need."""
         if self.measured is not None and tokens == 1:
             return self.measured.missing[0]
-        return 1.0 - float((1.0 - self.needed(tokens)) ** bundles_per_record)
+        return 1.0 - float((1.0 - self.needed(tokens)) ** max(1.0, bundles_per_record / self.together))
 
     def missing(self, tokens: int, bundles_per_record: int, kept: float) -> float:
         """Share of a layer's records to be read for so many tokens, when slots keep that share of them."""
@@ -50,7 +54,17 @@ class Firing:
             return needed * (1.0 - self.hit_rate)
         if self.measured is not None and tokens == 1:
             return _between(self.measured.missing, kept * (len(self.measured.missing) - 1))
-        return max(needed * float((1.0 - kept) ** self.reuse), needed - kept)
+        if not self.always:
+            return max(needed * float((1.0 - kept) ** self.reuse), needed - kept)
+        chosen = 1.0 - self.always  # what every token needs has the first places
+        left = max(0.0, kept - self.always) / chosen if chosen else 0.0
+        missing = self._chosen(tokens) * float((1.0 - left) ** self.reuse)
+        return max(0.0, self.always - kept) + chosen * max(missing, self._chosen(tokens) - left)
+
+    def _chosen(self, tokens: int) -> float:
+        """Of the neurons that not every token needs, the share that so many tokens in a row need together."""
+        each = (self.density - self.always) / (1.0 - self.always) if self.always < 1.0 else 0.0
+        return 1.0 - float((1.0 - each) ** (tokens**ASSUMED_KINSHIP))
 
 
 def _between(known: tuple[float, ...], at: float) -> float:
@@ -64,6 +78,8 @@ def firing_of(manifest: Manifest, choice: Choice, calibration: Calibration | Non
     """What is known of each layer of this store under that predictor."""
     if not choice.selects(manifest.facts):
         return (Firing(density=1.0),) * len(manifest.layers)
+    if choice.kind == "router":
+        return tuple(_routed(manifest.facts, i, choice) for i in range(len(manifest.layers)))
     known = calibration.statistics.get(choice.kind) if calibration is not None and choice.kind != "all" else None
     if known is not None:
         chosen = sum(s.density for s in known) / len(known)
@@ -72,6 +88,18 @@ def firing_of(manifest: Manifest, choice: Choice, calibration: Calibration | Non
         return tuple(Firing(s.density, source="measured", measured=s) for s in scaled)
     density = ASSUMED_DENSITY if choice.level is None else choice.level.density
     return (Firing(density=density),) * len(manifest.layers)
+
+
+def _routed(facts: Facts, layer: int, choice: Choice) -> Firing:
+    """Tokens choose experts as if at random, but for `EXPERT_REUSE`; a dense layer is needed by all."""
+    experts = facts.routed(layer)
+    if experts is None:
+        return Firing(density=1.0, always=1.0)
+    chosen, shared = (choice.experts or experts.per_token) * experts.size, experts.shared_size
+    return Firing(
+        density=(chosen + shared) / experts.neurons, reuse=EXPERT_REUSE, always=shared / experts.neurons,
+        together=experts.size,
+    )  # fmt: skip
 
 
 def _times(s: LayerStatistics, times: float) -> LayerStatistics:

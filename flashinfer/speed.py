@@ -249,7 +249,7 @@ def _selected_cost(c: Conditions, n: NeuronLayer, firing: Firing, kept: float, h
     """The neurons of one layer that so many tokens need, of whose records that share is kept."""
     active, touched = firing.needed(tokens), firing.touched(tokens, n.bundles_per_record)
     missing = firing.missing(tokens, n.bundles_per_record, kept)
-    tiles = n.neurons * active / TILE_NEURONS if tokens == 1 else n.neurons / TILE_NEURONS
+    tiles = n.neurons * (active if tokens == 1 or n.experts is not None else 1.0) / TILE_NEURONS
     read, reads = _neuron_reads(c, n, missing, max(1.0, tiles), half)
     disk = c.disk.seconds(reads, read, min(c.run.io.in_flight, reads, max(1.0, 2 * half / n.record_bytes)))
     batches = max(1.0, disk / c.disk.seconds(half / n.record_bytes, half, c.run.io.in_flight))

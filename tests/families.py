@@ -110,6 +110,7 @@ MINICPM: dict[str, Any] = {
     "architectures": ["MiniCPMForCausalLM"], "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16,
     "hidden_act": "fatrelu", "hidden_act_param": FAT, "tie_word_embeddings": False,
 }  # fmt: skip
+EXPERTS: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 LONG = [1.0 + 0.7 * i for i in range(5)]
 CASES: dict[str, Case] = {
     "mistral": _case("mistral", sliding_window=None, head_dim=16),
@@ -170,6 +171,15 @@ CASES: dict[str, Case] = {
     "llama-dynamic": _case("llama", **_rope("dynamic", factor=2.0)),
     "phi3-longrope": _case("phi3", original_max_position_embeddings=32,
                            **_rope("longrope", short_factor=[1.0] * 5, long_factor=LONG)),
+    "mixtral": _case("mixtral", num_local_experts=6, num_experts_per_tok=2),
+    "qwen2_moe": _case("qwen2_moe", **EXPERTS, shared_expert_intermediate_size=32),
+    "qwen2_moe-mixed": _case("qwen2_moe", **EXPERTS, shared_expert_intermediate_size=36, decoder_sparse_step=2,
+                             norm_topk_prob=True, qkv_bias=False),
+    "qwen3_moe": _case("qwen3_moe", **EXPERTS, head_dim=12, norm_topk_prob=True),
+    "qwen3_moe-mixed": _case("qwen3_moe", **EXPERTS, mlp_only_layers=[1]),
+    "olmoe": _case("olmoe", num_experts=6, num_experts_per_tok=3),
+    "granitemoe": _case("granitemoe", num_local_experts=6, num_experts_per_tok=2, embedding_multiplier=12.0,
+                        logits_scaling=7.0, residual_multiplier=0.22, attention_multiplier=0.15),
 }  # fmt: skip
 
 
@@ -185,14 +195,15 @@ def make(name: str, path: Path, dtype: str = "float32") -> Path:
 
 
 def reference(name: str, path: Path) -> Any:
-    """What a case's model is to transformers, in float32, of the checkpoint `make` wrote under `path`."""
+    """What a case's model is to transformers, in float32, of the checkpoint `make` wrote under `path`; experts one by
+    one, for faster ways want even sizes."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     case = CASES[name]
     config = AutoConfig.for_model(case.model_type, **case.config)
     model = AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=torch.float32, attn_implementation=case.attention
+        path, config=config, dtype=torch.float32, attn_implementation=case.attention, experts_implementation="eager"
     ).eval()
     if case.oracle is not None:
         case.oracle(model)

@@ -27,6 +27,7 @@ from flashinfer.model.weights import Group, no_guess
 from flashinfer.predict import Selection
 from flashinfer.quant import codec_named
 from flashinfer.store import Facts, Store
+from tests.twin_experts import expert_roles, is_mixture
 
 Index = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -36,6 +37,7 @@ LLAMA_TOP = {"embed": "model.embed_tokens", "final_norm": "model.norm", "head": 
 LLAMA_LAYER = {
     "attn.norm": "input_layernorm", "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj",
     "attn.v": "self_attn.v_proj", "attn.o": "self_attn.o_proj", "ffn.norm": "post_attention_layernorm",
+    "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
     "ffn.gate": "mlp.gate_proj", "ffn.up": "mlp.up_proj", "ffn.down": "mlp.down_proj",
 }  # fmt: skip
 OPT_TOP = {
@@ -67,6 +69,9 @@ def role_tensors(path: Path) -> dict[str, torch.Tensor]:
         for kind in ("weight", "bias"):
             if f"{name}.{kind}" in tensors:
                 roles[role if role == "embed.positions" else f"{role}.{kind}"] = tensors[f"{name}.{kind}"]
+    if is_mixture(config):
+        for i in range(config["num_hidden_layers"]):
+            roles |= expert_roles(tensors, i, config)
     return roles
 
 
@@ -81,7 +86,7 @@ class TwinWeights:
         """quant: the codec of all matrices but embedding and head, which are int8 then."""
         self.backend, self._quant = backend, quant
         self._tensors = role_tensors(path)
-        self._facts, self._bundled = facts, predictors is not None
+        self._facts, self._bundled = facts, predictors is not None or facts.experts is not None
         if predictors is not None:
             named = [role for role, t in predictors.manifest.tensors.items() if t.file == "predictors"]
             self._tensors |= {role: torch.from_numpy(predictors.read_tensor(role).copy()) for role in named}

@@ -174,6 +174,11 @@ class Backend(Protocol):
         zero. `threshold`: of the activations that have one. Result `[tiles, tokens, TILE_NEURONS]`."""
         ...
 
+    def weigh(self, fired: Buffer, weights: Floats) -> None:
+        """`fired[t, i] *= weights[t, i]` for host float32 `weights` `[tiles, tokens]`; zero makes zero, whatever it
+        meets. Writes `fired`."""
+        ...
+
     def ffn(self, acc: Buffer, x: Buffer, fired: Buffer, memory: Bytes, offsets: Index, bundle: Bundle) -> None:
         """Add the neurons' outputs to `acc`, tile by tile in order. `memory` holds the bundles, the bundle
         of `fired[t, :, n]` at byte `offsets[t, n]` (`[tiles, TILE_NEURONS]`). Writes `acc`."""

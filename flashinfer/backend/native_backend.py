@@ -179,6 +179,10 @@ class NativeBackend:
         self._engine.fire(out, gate, ACTIVATIONS[activation], threshold, index)
         return out
 
+    def weigh(self, fired: Floats, weights: Floats) -> None:
+        np.multiply(fired, weights[:, :, None], out=fired)
+        fired[weights == 0] = 0.0
+
     def copy(self, memory: Bytes, targets: Index, sources: Index, size: int) -> None:
         self._engine.copy(memory, targets, sources, size)
 

@@ -233,6 +233,10 @@ class TorchBackend:
         active = picked if activation is None else activated(picked, activation, threshold)
         return active.masked_fill_((at < 0)[:, None, :], 0.0)
 
+    def weigh(self, fired: Tensor, weights: Floats) -> None:
+        factors = torch.from_numpy(weights).to(self._device)[:, :, None]
+        fired.mul_(factors).masked_fill_(factors == 0, 0.0)
+
     def copy(self, memory: Bytes, targets: Index, sources: Index, size: int) -> None:
         for to, at in zip(targets.tolist(), sources.tolist(), strict=True):
             memory[to : to + size] = memory[at : at + size]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,11 +48,8 @@ class TensorInfo:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """Rows and columns; a vector is one row."""
-        if len(self.shape) == 2:
-            return self.shape[0], self.shape[1]
-        assert len(self.shape) == 1, self.name
-        return 1, self.shape[0]
+        """Rows and columns; a vector is one row, and several matrices are one below the other."""
+        return math.prod(self.shape[:-1]), self.shape[-1]
 
 
 class Source(Protocol):

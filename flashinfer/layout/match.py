@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashinfer.errors import LayoutError
+from flashinfer.layout.experts import Checked, joined_roles
 from flashinfer.layout.resolve import Resolver
 from flashinfer.layout.schema import Layout, TensorPattern, known_layouts
-from flashinfer.layout.view import View, in_halves, taken_rows
+from flashinfer.layout.view import Joined, View, in_halves, taken_rows
 from flashinfer.store.facts import Facts
 from flashinfer.store.roles import is_required, role_shapes
 
@@ -28,7 +29,7 @@ class Match:
     layout: Layout
     facts: Facts
     sources: dict[str, str]
-    views: dict[str, View]
+    views: dict[str, View | Joined]
 
 
 def find_layout(config: Mapping[str, Any], names: Collection[str]) -> Layout:
@@ -63,27 +64,44 @@ def match_layout(layout: Layout, config: Mapping[str, Any], shapes: Shapes) -> M
         raise _mismatch(layout, shapes, f"config.json says {facts.num_layers} layers for {len(shapes)} tensors")
     expected = role_shapes(facts)
     prefix = _best_prefix(layout, shapes)
-    declared = _declared(layout, resolver, facts.num_layers, prefix, len(shapes))
+    joined = joined_roles(resolver, facts, Checked(shapes, prefix, lambda what: _mismatch(layout, shapes, what)))
+    declared = _declared(layout, resolver, facts, prefix, len(shapes))
+    found = _found(layout, {r: d for r, d in declared.items() if r not in joined}, shapes, facts, joined)
+    used = {name for some in (found, joined) for d in some.values() for name in d.names}
+    _check_extra(layout, resolver, prefix, shapes, used)
+    sources: dict[str, str] = {}
+    views: dict[str, View | Joined] = {}
+    for role in (role for role in expected if role in found or role in joined):
+        view: View | Joined | None = joined.get(role)
+        names = (found[role] if view is None else view).names
+        if view is None:
+            _check_shape(layout, resolver, role, found[role], shapes, expected[role])
+            view = None if found[role].pattern.plain else _view(layout, resolver, role, found[role], facts)
+        elif view.shape != expected[role]:
+            raise LayoutError(f"layout {layout.family} gives {role} the shape {view.shape}, not {expected[role]}")
+        sources[role] = names[0] if view is None else f"{names[0]}#{role}"
+        if view is not None:
+            views[sources[role]] = view
+    return Match(layout, facts, sources, views)
+
+
+def _found(
+    layout: Layout, declared: dict[str, _Declared], shapes: Shapes, facts: Facts, joined: Collection[str]
+) -> dict[str, _Declared]:
+    """Of the roles declared, those whose tensors are there. Raises LayoutError where one is missing that must be."""
     found: dict[str, _Declared] = {}
-    for role in expected:
+    for role in role_shapes(facts):
         d = declared.pop(role, None)
         if d is not None and all(name in shapes for name in d.names):
             found[role] = d
         elif d is not None and not d.pattern.optional:
             missing = next(name for name in d.names if name not in shapes)
             raise _mismatch(layout, shapes, f"tensor {missing} (role {role}) is missing")
-        elif d is None and is_required(role, facts):
+        elif d is None and role not in joined and is_required(role, facts):
             raise _mismatch(layout, shapes, f"a tensor for role {role} is missing")
     if declared:
         raise LayoutError(f"layout {layout.family} declares {next(iter(declared))}, a role such a model has not")
-    _check_extra(layout, resolver, prefix, shapes, {name for d in found.values() for name in d.names})
-    sources, views = {}, {}
-    for role, d in found.items():
-        _check_shape(layout, resolver, role, d, shapes, expected[role])
-        sources[role] = d.names[0] if d.pattern.plain else f"{d.names[0]}#{role}"
-        if not d.pattern.plain:
-            views[sources[role]] = _view(layout, resolver, role, d, facts)
-    return Match(layout, facts, sources, views)
+    return found
 
 
 def views_of(layout: Layout, config: Mapping[str, Any], names: Collection[str]) -> tuple[Facts, dict[str, View]]:
@@ -94,7 +112,7 @@ def views_of(layout: Layout, config: Mapping[str, Any], names: Collection[str]) 
     """
     resolver = Resolver(layout, config)
     facts, prefix = resolver.facts(), _best_prefix(layout, names)
-    declared = _declared(layout, resolver, facts.num_layers, prefix, len(names))
+    declared = _declared(layout, resolver, facts, prefix, len(names))
     cut = {role: d for role, d in declared.items() if not d.pattern.plain}
     return facts, {role: _view(layout, resolver, role, d, facts) for role, d in cut.items()}
 
@@ -102,7 +120,7 @@ def views_of(layout: Layout, config: Mapping[str, Any], names: Collection[str]) 
 def nearest(names: Collection[str], layouts: Sequence[Layout] | None = None) -> str:
     """`nearest layout: llama (matches 97 %)`: by share of the tensor names that fit a pattern, then the shortest."""
     layouts = known_layouts() if layouts is None else layouts
-    share, _, family = max((_share(layout, names), -len(layout.tensors), layout.family) for layout in layouts)
+    share, _, family = max((_share(layout, names), -len(_names(layout)), layout.family) for layout in layouts)
     return f"nearest layout: {family} (matches {100 * share:.0f} %)"
 
 
@@ -121,17 +139,21 @@ class _Declared:
     names: tuple[str, ...]
 
 
-def _declared(layout: Layout, resolver: Resolver, layers: int, prefix: str, tensors: int) -> dict[str, _Declared]:
+def _declared(layout: Layout, resolver: Resolver, facts: Facts, prefix: str, tensors: int) -> dict[str, _Declared]:
     """By role, but for those that conditions rule out; `tensors` is how many the checkpoint has."""
     found = {}
-    for role, pattern in layout.tensors.items():
+    everywhere = list(range(facts.num_layers))
+    routed = [i for i in everywhere if facts.routed(i) is not None]
+    patterns = [(role, pattern, everywhere) for role, pattern in layout.tensors.items()]
+    patterns += [(r, p, routed) for r, p in layout.experts.tensors.items()] if layout.experts is not None else []
+    for role, pattern, layers in patterns:
         template = next((name for name, when in pattern.candidates if resolver.holds(when)), None)
         if template is None:
             continue
         each = 1 if pattern.each is None else resolver.size(pattern.each)
         if each > tensors:
             raise resolver.unfit(f"{pattern.each} is {each} for {tensors} tensors")
-        for i in range(layers) if "{i}" in role else (0,):
+        for i in layers if "{i}" in role else (0,):
             name = template.replace("{prefix}", prefix).replace("{i}", str(i))
             found[role.replace("{i}", str(i))] = _Declared(
                 pattern, tuple(name.replace("{h}", str(h)) for h in range(each))
@@ -192,11 +214,20 @@ def _share(layout: Layout, names: Collection[str]) -> float:
 
 
 def _matching(layout: Layout, names: Collection[str], prefix: str) -> int:
-    patterns = [p.name for p in layout.tensors.values()] + [g.name for g in layout.ignored]
+    patterns = _names(layout) + [g.name for g in layout.ignored]
     combined = re.compile("|".join(_regex(p, prefix).pattern for p in patterns))
     return sum(combined.fullmatch(name) is not None for name in names)
 
 
+def _names(layout: Layout) -> list[str]:
+    """The patterns of names of a layout's tensors."""
+    names = [p.name for p in layout.tensors.values()]
+    if (experts := layout.experts) is not None:
+        names += [p.name for p in experts.tensors.values()]
+        names += [name for p in experts.neurons.values() for name in (p.name, p.shared) if name is not None]
+    return names
+
+
 def _regex(pattern: str, prefix: str) -> re.Pattern[str]:
     escaped = re.escape(pattern.replace("{prefix}", prefix))
-    return re.compile(re.sub(r"\\\{[ih]\\\}", r"(?:0|[1-9]\\d*)", escaped).replace(r"\{any\}", ".*"))
+    return re.compile(re.sub(r"\\\{[ihe]\\\}", r"(?:0|[1-9]\\d*)", escaped).replace(r"\{any\}", ".*"))

@@ -11,13 +11,15 @@ import numpy as np
 from flashinfer.errors import LayoutError
 from flashinfer.layout.expression import parse_expression
 from flashinfer.layout.rope import read_rope
-from flashinfer.layout.schema import Condition, Layout, Source
+from flashinfer.layout.schema import EXPERT, Condition, ExpertsSource, Layout, Scalar, Source
 from flashinfer.layout.window import read_window
 from flashinfer.quant import codec_named
 from flashinfer.store.check import check_facts
 from flashinfer.store.facts import Facts
 
 Config = Mapping[str, Any]
+MOST_LAYERS = 1 << 16
+"""More than any model has: a config.json that says so is damaged."""
 
 
 class Resolver:
@@ -43,12 +45,26 @@ class Resolver:
         values |= {} if self.layout.window is None else read_window(self, self.layout.window)
         if values.get("window") is None:
             values.pop("local_rope", None)
+        if self.layout.experts is not None:
+            values["experts"] = self._experts(self.layout.experts, values["num_layers"])
         try:
             facts = msgspec.convert({"family": self.layout.family, **values}, Facts)
         except msgspec.ValidationError as e:
             raise self.unfit(str(e)) from e
         check_facts(facts, self._need)
         return facts
+
+    def _experts(self, experts: ExpertsSource, layers: Any) -> dict[str, Any]:
+        """The facts of experts, and which layers are dense."""
+        kinds = experts.layers
+        listed = None if kinds.dense is None else self.config.get(kinds.dense)
+        first, step = self.find(kinds.first, "the first layer of experts"), self.find(kinds.step, "layers of experts")
+        if not all(type(n) is int for n in (layers, first, step)) or step < 1 or layers > MOST_LAYERS:
+            raise self.unfit(f"{layers} layers, from layer {first} on each {step}-th one with experts, cannot be")
+        if not isinstance(listed, list | None):
+            raise self.unfit(f"it says {kinds.dense} = {str(listed)[:80]}, a list was expected")
+        dense = [i for i in range(layers) if i in (listed or ()) or i < first or (i + 1) % step]
+        return {name: self.value(EXPERT + name) for name in experts.facts} | {"dense": dense}
 
     def _need(self, condition: bool, what: str) -> None:
         if not condition:
@@ -67,13 +83,20 @@ class Resolver:
         if name in self._pending:
             raise LayoutError(f"layout {self.layout.family}: fact {name} is defined by itself")
         self._pending.add(name)
-        source = self.layout.facts[name]
+        source = self._source(name)
         if isinstance(source, tuple):
             counts = next(s for s in source if self.holds(s.when or ()))
             source = msgspec.structs.replace(counts, when=None)
         self._values[name] = self.find(source, name) if isinstance(source, Source) else source
         self._pending.discard(name)
         return self._values[name]
+
+    def _source(self, name: str) -> Scalar | Source | tuple[Source, ...]:
+        """Where a fact comes from; those of experts have a prefix."""
+        experts = self.layout.experts
+        if experts is not None and name not in self.layout.facts:
+            return experts.facts[name.removeprefix(EXPERT)]
+        return self.layout.facts[name]
 
     def size(self, text: str) -> int:
         """Value of an expression over facts."""
@@ -110,22 +133,20 @@ class Resolver:
         """The value a source gives; `name` says of what in errors."""
         if source.when is not None:
             return self.holds(source.when)
-        keys = (source.key,) if isinstance(source.key, str) else source.key or ()
-        said, value = self._look_up(*keys)
+        said, value = self._look_up(*source.keys)
         if value is None and not (said and source.optional):
             value = source.default if source.expr is None else self.size(source.expr)
         if value is None and source.optional:
             return None
         if value is None:
-            raise LayoutError(
-                f"config.json has no {' or '.join(map(repr, keys))}, which layout {self.layout.family} needs for {name}"
-            )
+            keys = " or ".join(map(repr, source.keys))
+            raise LayoutError(f"config.json has no {keys}, which layout {self.layout.family} needs for {name}")
         if source.map is None:
             return self._computed(source, value, name)
         text = str(value).lower() if isinstance(value, bool) else str(value)
         if text not in source.map:
             raise LayoutError(
-                f"config.json says {' or '.join(keys)} = {text!r}; layout {self.layout.family} supports "
+                f"config.json says {' or '.join(source.keys)} = {text!r}; layout {self.layout.family} supports "
                 f"{', '.join(source.map)}"
             )
         return source.map[text]

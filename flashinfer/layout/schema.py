@@ -12,13 +12,17 @@ import msgspec
 
 from flashinfer.errors import LayoutError
 from flashinfer.layout.expression import Expression, parse_expression
-from flashinfer.store.facts import Facts
+from flashinfer.store.facts import Experts, Facts
 
 SCHEMA = 1
-_OWN_TABLES = ("family", "rope", "local_rope", "window", "global_layers")
-"""Facts that a layout says elsewhere: at its head, in `[rope]` and in `[window]`."""
+_OWN_TABLES = ("family", "rope", "local_rope", "window", "global_layers", "experts")
+"""Facts that a layout says elsewhere: at its head, in `[rope]`, `[window]` and `[experts]`."""
 _REQUIRED_FACTS = {f.name for f in msgspec.structs.fields(Facts) if f.required and f.name not in _OWN_TABLES}
 _FACTS = {f.name for f in msgspec.structs.fields(Facts) if f.name not in _OWN_TABLES}
+_EXPERT_FACTS = {f.name for f in msgspec.structs.fields(Experts) if f.name != "dense"}
+_REQUIRED_EXPERT_FACTS = {f.name for f in msgspec.structs.fields(Experts) if f.required}
+EXPERT = "expert_"
+"""Before the name of a fact of experts, in expressions."""
 
 Scalar = bool | int | float | str
 
@@ -46,6 +50,11 @@ class Source(_Strict, frozen=True):
     times: Source | None = None
     rounded: bool = False
     optional: bool = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The config keys, in the order in which they count."""
+        return () if self.key is None else (self.key,) if isinstance(self.key, str) else self.key
 
 
 class RotatedLayers(_Strict, frozen=True):
@@ -140,6 +149,43 @@ class TensorPattern(_Strict, frozen=True):
         return not taken and self.of is None and self.each is None
 
 
+class ExpertPattern(_Strict, frozen=True):
+    """What a role of a layer of experts is made of: a tensor for each (`{e}` in the name counts them), or one for all,
+    whose first axis they are.
+
+    `shape` is what one expert gives. The rest says how, of a tensor of the shape `of` for each: a `transposed` one is
+    `[in, out]`; `rows` (start, stop), and of these each `every`-th one. `shared` is the tensor of the shared experts,
+    where there are any.
+    """
+
+    name: str
+    shape: tuple[str, str]
+    of: tuple[str, str] | None = None
+    transposed: bool = False
+    rows: tuple[str, str] | None = None
+    every: int = 1
+    shared: str | None = None
+
+
+class ExpertLayers(_Strict, frozen=True):
+    """Which layers are dense: those that config key `dense` lists, those before `first`, and of the others all but
+    each `step`-th one, counted from the beginning."""
+
+    dense: str | None = None
+    first: Source = Source(default=0)
+    step: Source = Source(default=1)
+
+
+class ExpertsSource(_Strict, frozen=True):
+    """A mixture of experts: its facts, and the roles that its layers have beside those of `Layout.tensors`, or in
+    place of them: `tensors` as there, and `neurons`, which experts have each for themselves."""
+
+    facts: dict[str, Scalar | Source]
+    tensors: dict[str, TensorPattern]
+    neurons: dict[str, ExpertPattern]
+    layers: ExpertLayers = ExpertLayers()
+
+
 class Ignored(_Strict, frozen=True):
     """Tensors that may be in a checkpoint and carry nothing the model needs; `{any}` stands for any text."""
 
@@ -166,6 +212,7 @@ class Layout(_Strict, frozen=True):
     ignored: tuple[Ignored, ...] = ()
     rope: RopeSource | None = None
     window: WindowSource | None = None
+    experts: ExpertsSource | None = None
 
 
 def read_layout(path: Path) -> Layout:
@@ -218,9 +265,12 @@ def _check(layout: Layout, where: str) -> None:
         need(c.differ is None or set(c.differ) <= facts, f"condition {name} compares unknown facts")
         need(name not in facts, f"condition {name} has the name of a fact")
     known = set(layout.conditions) | facts
-    for role, pattern in layout.tensors.items():
+    if layout.experts is not None:
+        _check_experts(layout.experts, need)
+        facts |= {EXPERT + name for name in layout.experts.facts}
+    for role, pattern in _patterns(layout):
         _check_tensor(layout, role, pattern, need)
-    dependent = [named for p in layout.tensors.values() for named in p.candidates]
+    dependent = [named for _, p in _patterns(layout) for named in p.candidates]
     dependent += [(entry.name, entry.when) for entry in layout.ignored]
     dependent += [(f"fact {name}", s.when or ()) for name, s in _sources(layout)]
     dependent += [(name, t.when) for name, t in (("rope", layout.rope), ("window", layout.window)) if t is not None]
@@ -229,6 +279,22 @@ def _check(layout: Layout, where: str) -> None:
         need(not unknown, f"{name} depends on the unknown condition {', '.join(sorted(unknown))}")
     for text, expression in _expressions(layout, where):
         need(expression.names <= facts, f"{text!r} names a fact that is not there")
+
+
+def _patterns(layout: Layout) -> list[tuple[str, TensorPattern]]:
+    experts = {} if layout.experts is None else layout.experts.tensors
+    return [*layout.tensors.items(), *experts.items()]
+
+
+def _check_experts(experts: ExpertsSource, need: Callable[[bool, str], None]) -> None:
+    facts = set(experts.facts)
+    need(facts <= _EXPERT_FACTS, f"unknown fact of experts {', '.join(sorted(facts - _EXPERT_FACTS))}")
+    missing = _REQUIRED_EXPERT_FACTS - facts
+    need(not missing, f"missing fact of experts {', '.join(sorted(missing))}")
+    need(all("{i}" in role for role in (*experts.tensors, *experts.neurons)), "a role of experts is one of a layer")
+    for role, p in experts.neurons.items():
+        need("{i}" in p.name and (p.shared is None or "{i}" in p.shared), f"tensor {role}: its names lack {{i}}")
+        need(p.every > 0, f"tensor {role} takes every {p.every}-th row")
 
 
 def _check_tensor(layout: Layout, role: str, pattern: TensorPattern, need: Callable[[bool, str], None]) -> None:
@@ -254,8 +320,12 @@ def _expressions(layout: Layout, where: str) -> list[tuple[str, Expression]]:
     sources = [s for _, s in _sources(layout)]
     sources += [s.times for s in sources if s.times is not None]
     texts = [s.expr for s in sources if s.expr is not None]
-    for p in layout.tensors.values():
+    for _, p in _patterns(layout):
         texts += [*p.shape, *(p.of or ()), *(p.rows or ()), p.groups, *([] if p.each is None else [p.each])]
+    if layout.experts is not None:
+        texts += [s.expr for s in layout.experts.facts.values() if isinstance(s, Source) and s.expr is not None]
+        for e in layout.experts.neurons.values():
+            texts += [*e.shape, *(e.of or ()), *(e.rows or ())]
     if layout.rope is not None and (turned := layout.rope.rotary_dim):
         texts += [turned] if isinstance(turned, str) else [turned.expr] if turned.expr else []
     try:

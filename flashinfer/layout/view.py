@@ -42,3 +42,35 @@ def in_halves(rows: Index, head_dim: int, rotary_dim: int) -> Index:
     turned = np.arange(rotary_dim).reshape(-1, 2).T.reshape(-1)
     order = np.concatenate([turned, np.arange(rotary_dim, head_dim)])
     return rows.reshape(-1, head_dim)[:, order].reshape(-1)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A matrix within a tensor: of the tensor's rows, of all its axes but the last together, `count` from `first` on;
+    turned over where `transposed`; of that each `step`-th row from `start` on, `rows` of them."""
+
+    name: str
+    first: int
+    count: int
+    rows: int
+    transposed: bool = False
+    start: int = 0
+    step: int = 1
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A matrix of `shape` whose neurons are those of `blocks`, one block's after the other's; `sizes` are theirs.
+
+    `columns`: neurons are its columns, not its rows.
+    """
+
+    blocks: tuple[Block, ...]
+    sizes: tuple[int, ...]
+    shape: tuple[int, int]
+    columns: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors it is made of."""
+        return tuple(dict.fromkeys(block.name for block in self.blocks))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flashinfer.choice import Choice
 from flashinfer.config import (
+    EXPERT_WORK,
     FILE_ALIGNMENT,
     KV_CODECS,
     MIN_STAGING,
@@ -16,7 +17,10 @@ from flashinfer.memory.plan import Mode, Plan, Request
 from flashinfer.quant import codec_named
 from flashinfer.speed import multiplied
 from flashinfer.store import Facts, Manifest
-from flashinfer.store.geometry import round_up
+from flashinfer.store.geometry import round_up, tile_records
+
+EXPERT_INDEX = 80
+"""Bytes a neuron of a step's experts takes while it is looked for: its number, tile, record and place, some twice."""
 
 
 def all_matrices(m: Manifest) -> frozenset[str]:
@@ -36,7 +40,7 @@ def least_plan(m: Manifest, r: Request, *, streams: bool) -> Plan:
     vectors = sum(t.bytes for t in m.tensors.values() if len(t.shape) == 1)
     widest = max(m.tensors[name].shape[1] for name in all_matrices(m))
     tile = max(_worst_tile_bytes(m, r.alignment), MIN_STAGING)
-    block = max(TILE_ROWS * t.bytes // t.shape[0] for t in m.tensors.values() if len(t.shape) == 2)
+    block = max(min(TILE_ROWS, t.shape[0]) * t.bytes // t.shape[0] for t in m.tensors.values() if len(t.shape) == 2)
     block = max(round_up(block, FILE_ALIGNMENT) + 2 * r.alignment, MIN_STAGING)
     neuron_staging = 0 if needs_all(m, r.choice, r.mode) else tile
     piece = 0 if not streams else max(block, tile) if needs_all(m, r.choice, r.mode) else block
@@ -55,7 +59,7 @@ def least_plan(m: Manifest, r: Request, *, streams: bool) -> Plan:
         weight_scratch=r.threads * per_thread + lookup + round_up(bundle, FILE_ALIGNMENT),
         baseline=r.baseline + r.footprint.growth,
         kv_cache=_kv_cache(f, r),
-        activations=_activations(f, r),
+        activations=_activations(m, r),
         bookkeeping=_bookkeeping(m, r),
         neuron_staging=neuron_staging,
         ring=2 * piece,
@@ -73,31 +77,40 @@ def _kv_cache(f: Facts, r: Request) -> int:
     return rows * codec_named(KV_CODECS[r.run.kv_type]).row_bytes(f.head_dim)
 
 
-def _activations(f: Facts, r: Request) -> int:
+def _activations(m: Manifest, r: Request) -> int:
     """Bytes of the widest moment of a prompt chunk, attention scores and rotary tables included."""
+    f = m.facts
     chunk = round_up(min(r.run.prefill_chunk, r.context), TILE_TOKENS) + TILE_TOKENS
     width = (
         (10 + f.parallel + r.footprint.outputs(r.threads)) * f.hidden_size
         + 4 * f.num_heads * f.head_dim
-        + 5 * f.intermediate_size
+        + (5 * f.intermediate_size if any(layer.experts is None for layer in m.layers) else 0)
         + r.adapter.values
     )
     rope = round_up(r.context, TILE_TOKENS) * sum(
         rope.rotary_dim for rope in (f.rope, f.local_rope) if rope is not None
     )
+    experts = 0 if f.experts is None else 2 * EXPERT_WORK + 16 * chunk * (f.experts.columns + TILE_ROWS + TILE_NEURONS)
     logits = 3 * f.vocab_size + r.adapter.logits
-    return 4 * (chunk * width + rope + logits) + r.footprint.scores(f, r.context, r.threads)
+    return experts + 4 * (chunk * width + rope + logits) + r.footprint.scores(f, r.context, r.threads)
 
 
 def _bookkeeping(m: Manifest, r: Request) -> int:
     """Bytes of the tables that say where each record is: slot, score, stamp and candidates for eviction, the
-    window's active sets, and the permutation."""
+    window's active sets, and the permutation; of experts also where the neurons of a step are."""
     per_record = 48 + 8 * r.run.cache.window
+    step = max(EXPERT_INDEX * n.neurons if n.experts is not None else 0 for n in m.layers)
     if needs_all(m, r.choice, r.mode):
         return sum(24 * n.neurons for n in m.layers)  # where each of them lies, and in what
-    return sum(per_record * n.records + (8 * n.neurons if n.permutation is not None else 0) for n in m.layers)
+    tables = sum(per_record * n.records + (8 * n.neurons if n.permutation is not None else 0) for n in m.layers)
+    return tables + step
 
 
 def _worst_tile_bytes(m: Manifest, alignment: int) -> int:
     """Bytes one half of the neuron read buffer needs at the least: one tile's records, each read alone."""
-    return max(worst_case_bytes(min(TILE_NEURONS, n.records), n.record_bytes, alignment) for n in m.layers)
+    return max(
+        worst_case_bytes(
+            tile_records(n.bundles_per_record, n.records, together=n.experts is not None), n.record_bytes, alignment
+        )
+        for n in m.layers
+    )

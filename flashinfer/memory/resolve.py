@@ -116,7 +116,7 @@ def _halvings(largest: int, least: int) -> list[int]:
 def _with_guesses(least: Plan, r: Request) -> Plan:
     """A share of what the cap leaves is for guesses about the next layer, where these are made."""
     wanted = r.choice.kind == "low-rank" if r.run.lookahead is None else r.run.lookahead
-    if not wanted or r.mode != "cached" or r.choice.kind not in ("low-rank", "certified"):
+    if not wanted or r.mode != "cached" or r.choice.kind not in ("low-rank", "certified", "router"):
         return least
     free = max(0, least.cap - least.total)
     half = min(r.run.guess, free // GUESS_SHARE) // FILE_ALIGNMENT * FILE_ALIGNMENT

@@ -13,12 +13,13 @@ from flashinfer.choice import Choice
 from flashinfer.config import TILE_NEURONS, TILE_ROWS, KvType
 from flashinfer.ledger import Ledger
 from flashinfer.model.adapter import Adapter
+from flashinfer.model.experts import Mixture
 from flashinfer.model.heads import Heads
 from flashinfer.model.observe import Observer, Seen
 from flashinfer.model.rows import Rows
 from flashinfer.model.scoring import scoring_of
 from flashinfer.model.weights import Weights, decode_tiles
-from flashinfer.predict import Guess, Matrices, Predictor, Span, build_predictor, select
+from flashinfer.predict import Guess, Matrices, Predictor, Router, Span, build_predictor, select
 from flashinfer.store.facts import Facts
 
 Index = npt.NDArray[np.int64]
@@ -62,7 +63,13 @@ class Decoder:
         self._window = window
         self._bundles = [weights.bundle(i) for i in range(facts.num_layers)]
         self.observer: Observer | None = None
-        self._predictor = self._build(choice or Choice())
+        choice = choice or Choice()
+        matrices = self._matrices()
+        self._predictor = self._build(choice, matrices)
+        self._mixture = None if facts.experts is None else Mixture(
+            facts, weights, Router(matrices, facts, choice.experts or facts.experts.per_token), window,
+            everything=choice.kind == "all",
+        )  # fmt: skip
         self._heads = Heads(facts, weights, context)
         self._scoring = [scoring_of(facts, i, self._host(f"layers.{i}.attn.sinks")) for i in range(facts.num_layers)]
 
@@ -70,9 +77,11 @@ class Decoder:
         found = self.weights.vector(role)
         return None if found is None else self.backend.fetch(found)
 
-    def _build(self, choice: Choice) -> Predictor:
+    def _matrices(self) -> Matrices:
+        return Matrices(self.backend, self._product, self._linear, self._host)
+
+    def _build(self, choice: Choice, matrices: Matrices) -> Predictor:
         separate = [bundle.decision is None for bundle in self._bundles]
-        matrices = Matrices(self.backend, self._product, self._linear, self._host)
         return build_predictor(choice, self.facts, separate, matrices)
 
     def new_kv(self, capacity: int, kv_type: KvType) -> list[Buffer]:
@@ -121,14 +130,14 @@ class Decoder:
         with self._span("attention", layer):
             x = self._block(x, f"layers.{layer}.attn", partial(self._attention, layer, rows=rows, kv=kv))
         with self._span("ffn", layer):
-            return self._block(x, f"layers.{layer}.ffn", partial(self._ffn, layer, residual=x, rows=rows))
+            return self._block(x, f"layers.{layer}.ffn", partial(self._fed, layer, residual=x, rows=rows))
 
     def _side_by_side(self, layer: int, x: Buffer, rows: Rows, kv: Buffer) -> Buffer:
         """A layer whose FFN takes what attention takes (GPT-J): who fires is known before attention is computed."""
         with self._span("attention", layer):
             attended = self._branch(x, f"layers.{layer}.attn", partial(self._attention, layer, rows=rows, kv=kv))
         with self._span("ffn", layer):
-            fed = self._branch(x, f"layers.{layer}.ffn", partial(self._ffn, layer, residual=x, rows=rows))
+            fed = self._branch(x, f"layers.{layer}.ffn", partial(self._fed, layer, residual=x, rows=rows))
         return self.backend.add(self.backend.add(x, attended), fed)
 
     def _block(self, x: Buffer, name: str, part: Callable[[Buffer], Buffer]) -> Buffer:
@@ -167,6 +176,14 @@ class Decoder:
         self.backend.append_kv(kv, rows.start, k, v, rows.skip, rows.count)
         return self._linear(f"{name}.o", self.backend.attend(q, kv, rows.first, f.num_heads, self._scoring[layer]))
 
+    def _fed(self, layer: int, x: Buffer, residual: Buffer, rows: Rows) -> Buffer:
+        """The feed-forward part, whichever it is."""
+        if self._mixture is None or self.facts.routed(layer) is None:
+            return self._ffn(layer, x, residual, rows)
+        shares = self._mixture.shares(layer, x, rows)
+        guess = partial(self._next, layer + 1, residual, rows)
+        return self._mixture.run(layer, x, shares, rows, self._bundles[layer], guess)
+
     def _ffn(self, layer: int, x: Buffer, residual: Buffer, rows: Rows) -> Buffer:
         f, backend, bundle = self.facts, self.backend, self._bundles[layer]
         guess = self._predictor.guess(layer, x, Span(rows.skip, rows.count))
@@ -195,6 +212,8 @@ class Decoder:
         if rows.total > 1 or layer >= self.facts.num_layers or not self.weights.looks_ahead:
             return None
         x = self._norm(residual, f"layers.{layer}.ffn.norm") if self.facts.norms_inputs else residual
+        if self._mixture is not None:
+            return self._mixture.expected(layer, x)
         named = self._predictor.guess(layer, x, Span(0, 1)).needed
         return None if named is None else np.flatnonzero(named[0])
 

@@ -16,7 +16,7 @@ from flashinfer.model.arena import Arena
 from flashinfer.model.neurons import NEURON_FILE, load_slots
 from flashinfer.model.reads import Reads
 from flashinfer.model.stream import Piece, Stream
-from flashinfer.model.weights import Group, decode_tiles, no_guess
+from flashinfer.model.weights import Group, no_guess, unit_tiles
 from flashinfer.predict import Selection
 from flashinfer.store import Geometry
 
@@ -96,7 +96,8 @@ class PinnedNeurons:
 
     def _plan(self, layer: int, reads: Reads) -> list[_Run]:
         g, kept = self._geometries[layer], self._slots[layer]
-        tiles = decode_tiles(np.arange(g.neurons))
+        unit = g.unit or g.neurons
+        tiles = unit_tiles(np.arange(-(-g.neurons // unit)), unit, g.neurons)
         missing = [records[records >= kept] for records in (g.records_of(tile[tile >= 0]) for tile in tiles)]
         here = next((i for i, records in enumerate(missing) if len(records)), len(tiles))
         runs = [self._run(layer, tiles, 0, here, None, None)] if here else []

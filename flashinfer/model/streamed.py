@@ -20,7 +20,7 @@ from flashinfer.model.pinned import PinnedNeurons
 from flashinfer.model.stream import Piece, Stream
 from flashinfer.model.weights import Group, no_guess
 from flashinfer.predict import Selection
-from flashinfer.store import Facts, Geometry, Manifest, NeuronLayer
+from flashinfer.store import Facts, Geometry, Manifest, NeuronLayer, TensorEntry
 
 Index = npt.NDArray[np.int64]
 
@@ -31,6 +31,11 @@ def bundle_of(layer: NeuronLayer, facts: Facts) -> Bundle:
     decision, bias = (parts.pop(f"{facts.decision}.{kind}", None) for kind in ("weight", "bias"))
     up, up_bias = parts.get("up.weight"), parts.get("up.bias")
     return Bundle(layer.bundle_bytes, parts["down.weight"], up, up_bias, decision, bias, facts.rectifies_up)
+
+
+def names_neurons(role: str, tensor: TensorEntry) -> bool:
+    """Whether a tensor is what says who is needed: a predictor's, or a router."""
+    return tensor.file == "predictors" or ".ffn.router." in role or ".ffn.shared_gate." in role
 
 
 def in_order(dense: Mapping[str, Sequence[Piece]], neurons: Sequence[Sequence[Piece]]) -> list[Piece]:
@@ -72,7 +77,7 @@ class StreamedWeights:
         self._stream = Stream(self._arena.bytes[self._arena.ring :], pieces)
         self._dense.read_from(self._stream, self._arena.bytes, self._arena.ring)
         self._neurons.read_from(self._stream)
-        predictors = {role for role, t in manifest.tensors.items() if t.file == "predictors" and len(t.shape) == 2}
+        predictors = {role for role, t in manifest.tensors.items() if len(t.shape) == 2 and names_neurons(role, t)}
         self.looks_ahead = plan.guess > 0 and predictors <= plan.resident  # out of turn, nothing may be streamed
         self.vector = self._dense.vector
         self.has = self._dense.has

@@ -23,6 +23,16 @@ def decode_tiles(needed: Index) -> Index:
     return tiles
 
 
+def unit_tiles(units: Index, unit: int, neurons: int) -> Index:
+    """Tiles of consecutive neurons that cross no multiple of `unit`, `[tiles, TILE_NEURONS]`, -1 where one ends. Unit u
+    is neurons u * unit .. (u + 1) * unit, but for those from `neurons` on."""
+    within = np.arange(-(-unit // TILE_NEURONS) * TILE_NEURONS)
+    tiles = units[:, None] * unit + within
+    tiles[(within >= unit)[None, :] | (tiles >= neurons)] = -1
+    tiles = tiles.reshape(-1, TILE_NEURONS)
+    return tiles[tiles[:, 0] >= 0]
+
+
 def no_guess() -> Index | None:
     """Nothing is known of the next layer."""
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -18,7 +19,7 @@ from flashinfer.layout import Match
 from flashinfer.pack.recipe import Recipe
 from flashinfer.quant import PLAIN
 from flashinfer.store.dense import DensePlan, DenseTensor, plan_dense
-from flashinfer.store.facts import Facts
+from flashinfer.store.facts import Experts, Facts
 from flashinfer.store.geometry import round_up
 from flashinfer.store.manifest import (
     FORMAT,
@@ -33,6 +34,7 @@ from flashinfer.store.manifest import (
 from flashinfer.store.neurons import BundlePart, PartRole, file_size, plan_layers
 from flashinfer.store.roles import all_roles, bundle_parts, ffn_role, order_role, role_shapes
 
+Decision = Literal["separate", "bundled"]
 Order = npt.NDArray[np.int32]
 
 SOURCES = frozenset(c.name for c in PLAIN)
@@ -44,7 +46,7 @@ class PackOptions:
     """How to pack; see `pack` for each."""
 
     quant: Recipe
-    decision: Literal["separate", "bundled"]
+    decision: Decision
     alignment: int
     bundles_per_record: int | None
     permutation: Sequence[npt.ArrayLike] | None
@@ -104,8 +106,18 @@ def _check_options(options: PackOptions, match: Match) -> None:
     a, count = options.alignment, options.bundles_per_record
     if not 512 <= a <= FILE_ALIGNMENT or a & (a - 1):
         raise CheckpointError(f"alignment {a} is not a power of two from 512 to {FILE_ALIGNMENT}")
-    if count is not None and not 1 <= count <= facts.intermediate_size:
+    if facts.experts is not None:
+        _check_expert_options(options, facts.experts)
+    elif count is not None and not 1 <= count <= facts.intermediate_size:
         raise CheckpointError(f"bundles per record {count} is not from 1 to {facts.intermediate_size}, the neurons")
+
+
+def _check_expert_options(options: PackOptions, experts: Experts) -> None:
+    count, whole = options.bundles_per_record, math.gcd(experts.size, experts.shared_size)
+    if options.permutation is not None:
+        raise CheckpointError("neurons of experts stay in their order; leave the permutation out")
+    if count is not None and (count < 1 or whole % count):
+        raise CheckpointError(f"bundles per record {count} does not divide {whole}, the neurons of an expert")
 
 
 def _orders(permutation: Sequence[npt.ArrayLike] | None, facts: Facts) -> dict[str, Order]:
@@ -176,10 +188,11 @@ def _plan_layers(
     source: Checkpoint, match: Match, options: PackOptions, orders: dict[str, Order]
 ) -> tuple[NeuronLayer, ...]:
     facts = match.facts
+    decision: Decision = "bundled" if facts.experts is not None else options.decision
     parts = []
     for i in range(facts.num_layers):
         biases = {b for b in ("gate.bias", "up.bias") if ffn_role(i, b) in match.sources}
-        sources = {role: match.sources[ffn_role(i, role)] for role in bundle_parts(facts, options.decision, biases)}
+        sources = {role: match.sources[ffn_role(i, role)] for role in bundle_parts(facts, decision, biases)}
         parts.append(
             [
                 BundlePart(
@@ -194,7 +207,7 @@ def _plan_layers(
     return plan_layers(
         facts,
         parts,
-        decision=options.decision,
+        decision=decision,
         bundles_per_record=[options.bundles_per_record] * facts.num_layers,
         alignment=options.alignment,
         permuted=orders,

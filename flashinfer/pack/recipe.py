@@ -15,6 +15,7 @@ CLASSES: Final = {
     "head": "the matrix whose product is the logits; of a model that ties it to the embedding, that",
     "attn": "q, k, v and o, and projections between embedding and layers",
     "ffn": "gate, up and down",
+    "router": "of a mixture of experts: what chooses them, and weighs shared ones",
     "decision": "of gate and up the one whose product decides who fires; as ffn where nothing is said",
 }
 """What can be named, and what belongs to it."""
@@ -51,7 +52,8 @@ def parse_recipe(text: str | None, more: Sequence[str] = ()) -> Recipe:
     """`nf4`, or `ffn=nf4,attn=int8,head=f16`, or both: a codec for all, then exceptions. Names on the left are classes,
     or patterns of roles (`layers.0.*=f16`; `flashinfer inspect` lists roles).
 
-    A quantised codec for all means: attention and feed-forward in it, embedding and head in int8. Vectors are f32.
+    A quantised codec for all means: attention and feed-forward in it, embedding and head in int8. Vectors are f32, and
+    routers as they are.
 
     more: names of codecs that are known beside those of `quant.CODECS`.
 
@@ -78,13 +80,16 @@ def _codec(name: str, more: Sequence[str]) -> str:
 
 def _for_all(codec: str) -> list[tuple[str, str]]:
     tables = codec if codec in _PLAIN else _TABLES
-    return [(name, tables if name in ("embed", "head") else codec) for name in CLASSES if name != "decision"]
+    named = [name for name in CLASSES if name not in ("router", "decision")]
+    return [(name, tables if name in ("embed", "head") else codec) for name in named]
 
 
 def _classes_of(role: str, facts: Facts) -> tuple[str, ...]:
     """The classes a matrix of that role is in."""
     if role == "embed.weight":
         return ("embed", "head") if facts.tied_head else ("embed",)
+    if ".ffn.router." in role or ".ffn.shared_gate." in role:
+        return ("router",)
     if ".ffn." in role:
         return ("ffn", "decision") if role.endswith(f".ffn.{facts.decision}.weight") else ("ffn",)
     return {"embed.positions": ("embed",), "head.weight": ("head",)}.get(role, ("attn",))

@@ -10,7 +10,9 @@ import numpy as np
 
 from flashinfer.checkpoint import Checkpoint, TensorInfo
 from flashinfer.checkpoint.base import Bytes, Coded, Columns, Words
-from flashinfer.layout.view import Index, View
+from flashinfer.errors import CheckpointError
+from flashinfer.layout.view import Index, Joined, View
+from flashinfer.pack.joined import read_joined
 from flashinfer.quant import codec_named
 
 
@@ -21,7 +23,7 @@ class Views:
     fused tensor holds beside them.
     """
 
-    def __init__(self, source: Checkpoint, views: Mapping[str, View]) -> None:
+    def __init__(self, source: Checkpoint, views: Mapping[str, View | Joined]) -> None:
         self._source, self._views = source, views
         self.path, self.config, self.text = source.path, source.config, source.text
         cut = {name: TensorInfo(name, self._dtype(view), view.shape, self._coded(view)) for name, view in views.items()}
@@ -32,6 +34,8 @@ class Views:
         view = self._views.get(name)
         if view is None:
             return self._source.read_rows(name, start, stop)
+        if isinstance(view, Joined):
+            return read_joined(self._source, view, start, stop)
         if len(view.shape) == 1:
             return self._vector(view)
         return self._rows(view, view.rows[start:stop])
@@ -41,6 +45,9 @@ class Views:
         view = self._views.get(name)
         if view is None:
             return self._source.read_columns(name, columns)
+        if isinstance(view, Joined):
+            assert isinstance(columns, slice), "experts have no other order"
+            return read_joined(self._source, view, *columns.indices(view.shape[1])[:2])
         if len(view.shape) == 1:
             return self._vector(view)[:, columns]
         if not view.transposed:
@@ -56,14 +63,22 @@ class Views:
         """See `Checkpoint.close`."""
         self._source.close()
 
-    def _dtype(self, view: View) -> str:
-        """What is added to is float32 from there on."""
-        return "f32" if view.plus else self._source.tensors[view.names[0]].dtype
+    def _dtype(self, view: View | Joined) -> str:
+        """What is added to is float32 from there on. Raises CheckpointError: experts of several types."""
+        if isinstance(view, View) and view.plus:
+            return "f32"
+        found = {self._source.tensors[name].dtype: name for name in view.names}
+        if len(found) > 1:
+            raise CheckpointError(
+                f"tensors {' and '.join(found.values())} are {' and '.join(found)}; experts of one layer are packed "
+                "together: convert them to one type"
+            )
+        return next(iter(found))
 
-    def _coded(self, view: View) -> Coded | None:
-        """Rows of codes are cut out as rows of values are; those of the transpose are none."""
+    def _coded(self, view: View | Joined) -> Coded | None:
+        """Rows of codes are cut out as rows of values are; those of the transpose are none, nor those of experts."""
         coded = self._source.tensors[view.names[0]].coded
-        if coded is None or view.transposed:
+        if coded is None or isinstance(view, Joined) or view.transposed:
             return None if coded is None else replace(coded, codec=None)
 
         def rows(start: int, stop: int) -> Bytes:

@@ -5,6 +5,7 @@ from flashinfer.predict.base import Guess, Matrices, Predictor, Span
 from flashinfer.predict.build import build_predictor
 from flashinfer.predict.certified import Certified
 from flashinfer.predict.plain import Everything, Exact, Oracle
+from flashinfer.predict.router import Router
 from flashinfer.predict.selection import Selection, select
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Matrices",
     "Oracle",
     "Predictor",
+    "Router",
     "Selection",
     "Span",
     "Threshold",

@@ -1,7 +1,7 @@
 """The weight store: its manifest, record geometry, writers, and `verify`. `docs/format.md` is the specification."""
 
 from flashinfer.store.calibration import Approximate, Calibration, LayerStatistics, Level
-from flashinfer.store.facts import Activation, Facts, Rope
+from flashinfer.store.facts import Activation, Experts, Facts, Rope
 from flashinfer.store.geometry import Geometry, choose_bundles_per_record
 from flashinfer.store.manifest import FileEntry, Manifest, NeuronLayer, PartEntry, TensorEntry
 from flashinfer.store.open import Store, open_store
@@ -15,6 +15,7 @@ __all__ = [
     "Approximate",
     "Calibration",
     "Damage",
+    "Experts",
     "Facts",
     "FileEntry",
     "Geometry",

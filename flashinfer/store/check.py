@@ -10,7 +10,8 @@ from typing import Protocol
 from flashinfer.config import FILE_ALIGNMENT
 from flashinfer.errors import StoreError
 from flashinfer.quant import LlmInt8, codec_named, codec_with
-from flashinfer.store.facts import Facts, Rope
+from flashinfer.store.facts import Experts, Facts, Rope
+from flashinfer.store.geometry import expert_records
 from flashinfer.store.manifest import Manifest, NeuronLayer, PartEntry, TensorEntry
 from flashinfer.store.roles import (
     RANK_UNIT,
@@ -91,6 +92,8 @@ def check_facts(f: Facts, need: Need) -> None:
     for rope in (f.rope, f.local_rope):
         if rope is not None:
             _check_rope(f, rope, need)
+    if f.experts is not None:
+        _check_expert_facts(f, f.experts, need)
 
 
 def _check_windows(f: Facts, need: Need) -> None:
@@ -100,6 +103,18 @@ def _check_windows(f: Facts, need: Need) -> None:
     need(
         f.local_rope is None or (f.window is not None and f.rope is not None), "local rope without a window and a rope"
     )
+
+
+def _check_expert_facts(f: Facts, e: Experts, need: Need) -> None:
+    need(e.count > 0 and e.size > 0 and e.shared_size >= 0, f"{e.count} experts of {e.size} neurons cannot be")
+    need(0 < e.groups <= e.count and e.count % e.groups == 0, f"{e.count} experts in {e.groups} groups")
+    need(0 < e.top_groups <= e.groups, f"{e.top_groups} of {e.groups} groups of experts")
+    most = e.top_groups * (e.count // e.groups)
+    need(0 < e.per_token <= most, f"{e.per_token} experts a token, of {most} it can have")
+    need(e.top_groups == e.groups or e.scoring == "softmax" or most > e.top_groups, "groups of one expert have no two")
+    need(0 < e.scale < math.inf, f"expert scale {e.scale} is not positive")
+    need(not e.shared_gate or e.shared_size > 0, "a gate of shared experts, and none of them")
+    need(all(0 <= i < f.num_layers for i in e.dense), "a dense layer among experts that is not there")
 
 
 def _check_rope(f: Facts, rope: Rope, need: Need) -> None:
@@ -136,7 +151,7 @@ def _check_files(m: Manifest, need: Need) -> None:
 def _check_tensors(m: Manifest, need: Need) -> None:
     orders = {layer.permutation for layer in m.layers}
     shapes = role_shapes(m.facts) | {
-        order_role(i): (m.facts.intermediate_size,) for i in range(m.facts.num_layers) if order_role(i) in orders
+        order_role(i): (m.facts.neurons(i),) for i in range(m.facts.num_layers) if order_role(i) in orders
     }
     bundled = {ffn_role(i, p.role) for i, layer in enumerate(m.layers) for p in layer.parts}
     for role, t in m.tensors.items():
@@ -235,7 +250,7 @@ def _check_tensor(m: Manifest, role: str, t: TensorEntry, need: Need) -> None:
 
 
 def _check_layer(m: Manifest, i: int, n: NeuronLayer, need: Need) -> None:
-    need(n.neurons == m.facts.intermediate_size, f"layer {i} has {n.neurons} neurons, facts say otherwise")
+    need(n.neurons == m.facts.neurons(i), f"layer {i} has {n.neurons} neurons, facts say otherwise")
     need(n.bundles_per_record > 0 and n.bundle_bytes > 0, f"layer {i} has empty records")
     need(n.record_bytes > 0 and n.record_bytes % m.alignment == 0, f"layer {i}: record size {n.record_bytes}")
     need(n.record_bytes >= n.bundles_per_record * n.bundle_bytes, f"layer {i}: bundles do not fit their record")
@@ -246,11 +261,21 @@ def _check_layer(m: Manifest, i: int, n: NeuronLayer, need: Need) -> None:
     need(_HASH.fullmatch(n.xxh3) is not None, f"layer {i} has no checksum of 32 hex digits")
     if n.permutation is not None:
         need(n.permutation == order_role(i), f"layer {i}: permutation {n.permutation[:80]!r} is not its own")
-    end = 0
-    for first, count in n.experts or ():
-        need(first == end and count > 0, f"layer {i}: experts do not follow each other")
-        end = first + count
-    need(n.experts is None or end == n.records, f"layer {i}: experts do not cover its records")
+    _check_experts(m, i, n, need)
+
+
+def _check_experts(m: Manifest, i: int, n: NeuronLayer, need: Need) -> None:
+    """An expert is a whole number of records, and is known by its number."""
+    experts = m.facts.routed(i)
+    need((experts is None) == (n.experts is None), f"layer {i} lists experts where facts have none, or none of theirs")
+    if experts is None or n.experts is None:
+        return
+    need(n.decision == "bundled", f"layer {i} of experts has its decision matrix apart")
+    need(n.permutation is None, f"layer {i} of experts has a permutation")
+    whole = all(size % n.bundles_per_record == 0 for size in (experts.size, experts.shared_size))
+    need(whole, f"layer {i}: records of {n.bundles_per_record} neurons cross experts of {experts.size}")
+    need(len(n.experts) == experts.columns, f"layer {i} lists {len(n.experts)} experts, facts say {experts.columns}")
+    need(n.experts == expert_records(experts, n.bundles_per_record), f"layer {i}: experts do not follow each other")
 
 
 def _check_parts(m: Manifest, i: int, n: NeuronLayer, need: Need) -> None:

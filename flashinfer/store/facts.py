@@ -41,6 +41,43 @@ class Rope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     skipped: tuple[int, ...] = ()
 
 
+class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Feed-forward layers made of experts, some of which a router chooses for each token (arXiv 1701.06538).
+
+    count: routed experts of a layer. per_token: how many of them a token gets. size: neurons of one. shared_size:
+    neurons behind all of theirs that every token gets, weighed by a sigmoid of their own where there is a
+    `shared_gate`.
+    scoring: the router's products are scored by a softmax over all experts, or each by the sigmoid, and then chosen
+    by score and correction (arXiv 2412.19437, section 2.1.2). normalised: the scores of the chosen are made to sum to
+    one, which makes a softmax one over the chosen only. scale: multiplies them at the end.
+    groups: experts come in so many groups, and a token's are of its best `top_groups` (arXiv 2405.04434, section
+    2.2.2); a group counts as its best expert (softmax), or its two best (sigmoid).
+    dense: layers without experts.
+    """
+
+    count: int
+    per_token: int
+    size: int
+    shared_size: int = 0
+    shared_gate: bool = False
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    normalised: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+    dense: tuple[int, ...] = ()
+
+    @property
+    def neurons(self) -> int:
+        """Neurons of a layer of experts: one expert's after the other's, then the shared ones."""
+        return self.count * self.size + self.shared_size
+
+    @property
+    def columns(self) -> int:
+        """Experts that can be weighed: the shared neurons count as one more."""
+        return self.count + (self.shared_size > 0)
+
+
 class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Shape and arithmetic of a decoder. Sizes are counts of values.
 
@@ -63,6 +100,7 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `sinks`: each head has a score that counts in the softmax and no value.
     `embed_norm`: what comes into the first layer is normed (BLOOM).
     `threshold`: of a sparse activation: a neuron fires where its decision product exceeds it.
+    `experts`: of a mixture of experts; `intermediate_size` is then that of its dense layers.
     """
 
     family: str
@@ -101,6 +139,7 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     alibi_scaled: bool = False
     embed_norm: bool = False
     sinks: bool = False
+    experts: Experts | None = None
 
     def window_of(self, layer: int) -> int | None:
         """How many positions attention sees in a layer; None: all."""
@@ -126,6 +165,15 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Whether the activation leaves neurons at exactly zero, so that they need not be read."""
         return self.activation in SPARSE_ACTIVATIONS
 
+    def routed(self, layer: int) -> Experts | None:
+        """The experts of a layer, None where it is dense."""
+        return None if self.experts is None or layer in self.experts.dense else self.experts
+
+    def neurons(self, layer: int) -> int:
+        """Neurons of a layer's feed-forward part."""
+        experts = self.routed(layer)
+        return self.intermediate_size if experts is None else experts.neurons
+
     @property
     def rectifies_up(self) -> bool:
         """Whether products with `up` count only where they are positive."""
@@ -140,17 +188,17 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 LATER_FACTS: frozenset[str] = frozenset({
     "parallel", "qk_norm", "embed_scale", "residual_scale", "logit_scale", "attention_scale", "window",
     "global_layers", "local_rope", "attention_softcap", "logit_softcap", "threshold",
-    "alibi", "alibi_scaled", "embed_norm", "sinks",
+    "alibi", "alibi_scaled", "embed_norm", "sinks", "experts",
     "attention_factor", "beta_fast", "beta_slow", "truncate", "short_factor", "long_factor", "skipped",
 })  # fmt: skip
 """Facts that came after the first stores: written only where they differ from their defaults."""
 
 
-def facts_table(facts: Facts | Rope) -> dict[str, Any]:
+def facts_table(facts: Facts | Rope | Experts) -> dict[str, Any]:
     """The facts as a manifest has them, in the order of their declaration."""
     table: dict[str, Any] = {}
     for field in msgspec.structs.fields(facts):
         value = getattr(facts, field.name)
         if field.name not in LATER_FACTS or value != field.default:
-            table[field.name] = facts_table(value) if isinstance(value, Rope) else value
+            table[field.name] = facts_table(value) if isinstance(value, Rope | Experts) else value
     return table

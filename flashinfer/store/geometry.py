@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from flashinfer.config import DiskCurve
+from flashinfer.config import TILE_NEURONS, DiskCurve
+from flashinfer.store.facts import Experts
 
 Index = npt.NDArray[np.int64]
 
 LARGEST_RECORD = 16 * 1024
 """A record grows beyond one bundle only up to this many bytes."""
+LARGEST_EXPERT_RECORD = 1024 * 1024
+"""The same of experts, whose neurons are needed together: as much as one read takes at most."""
 ASSUMED_DENSITY = 0.1
 """Share of neurons assumed active while nothing is measured (field figures: 3-25 % for ReLU models)."""
 ASSUMED_REUSE = 1.5
 """While nothing is measured: of the records a token needs, the share (1 - slots / records) ** ASSUMED_REUSE is in no
 slot. Measured on the embedded model: 2.1 with few slots, 1.4 with many; 1 would be no locality at all."""
+EXPERT_REUSE = 1.2
+"""The same of experts: routers are trained to spread tokens evenly, so little comes back. An assumption."""
 ASSUMED_KINSHIP = 0.8
 """While nothing is measured: n tokens in a row need as many neurons as n ** ASSUMED_KINSHIP unrelated ones (a trial:
 windows of 5 and 10 tokens, densities of 5, 10 and 25 %)."""
@@ -32,7 +38,8 @@ def round_up(n: int, unit: int) -> int:
 class Geometry:
     """Neuron index <-> (record, place within it) for one layer.
 
-    `position_of[i]` is where original neuron i is stored; None means position i.
+    `position_of[i]` is where original neuron i is stored; None means position i. `unit`: neurons of one expert; 0
+    where neurons are needed each for itself.
     """
 
     neurons: int
@@ -41,6 +48,7 @@ class Geometry:
     bundle_bytes: int
     offset: int
     position_of: Index | None = None
+    unit: int = 0
 
     @property
     def records(self) -> int:
@@ -82,3 +90,25 @@ def choose_bundles_per_record(
     largest = max(1, min(neurons, LARGEST_RECORD // bundle_bytes))
     counts = range(1, largest + 1)
     return min(counts, key=lambda c: expected_seconds(bundle_bytes, c, alignment, density, disk))
+
+
+def expert_bundles_per_record(bundle_bytes: int, experts: Experts) -> int:
+    """Bundles a record of experts should hold: as many as one read takes, and no record crosses experts."""
+    whole = math.gcd(experts.size, experts.shared_size)
+    largest = max(1, LARGEST_EXPERT_RECORD // bundle_bytes)
+    return max(n for n in range(1, min(whole, largest) + 1) if whole % n == 0)
+
+
+def expert_records(experts: Experts, bundles_per_record: int) -> tuple[tuple[int, int], ...]:
+    """First record and records of each expert, the shared ones last. Records do not cross experts."""
+    each, shared = experts.size // bundles_per_record, experts.shared_size // bundles_per_record
+    routed = tuple((e * each, each) for e in range(experts.count))
+    return (*routed, (experts.count * each, shared)) if shared else routed
+
+
+def tile_records(bundles_per_record: int, records: int, *, together: bool) -> int:
+    """The most records one tile of neurons can lie in; `together`: they follow each other, as those of an expert."""
+    if not together:
+        return min(TILE_NEURONS, records)
+    start = bundles_per_record - math.gcd(TILE_NEURONS, bundles_per_record)  # the furthest into a record it can begin
+    return min(records, (start + TILE_NEURONS - 1) // bundles_per_record + 1)

@@ -13,9 +13,15 @@ import xxhash
 
 from flashinfer.config import FILE_ALIGNMENT, PACK_BLOCK
 from flashinfer.quant import codec_named
-from flashinfer.store.facts import Facts
+from flashinfer.store.facts import Experts, Facts
 from flashinfer.store.files import HashedFile
-from flashinfer.store.geometry import ASSUMED_DENSITY, choose_bundles_per_record, round_up
+from flashinfer.store.geometry import (
+    ASSUMED_DENSITY,
+    choose_bundles_per_record,
+    expert_bundles_per_record,
+    expert_records,
+    round_up,
+)
 from flashinfer.store.manifest import NO_HASH, NeuronLayer, PartEntry
 from flashinfer.store.roles import order_role
 
@@ -60,10 +66,14 @@ def plan_layer(
     alignment: int,
     offset: int,
     permutation: str | None = None,
+    experts: Experts | None = None,
 ) -> NeuronLayer:
-    """One layer's region at `offset`, which is a multiple of 4096. Its checksum is still `NO_HASH`."""
+    """One layer's region at `offset`, which is a multiple of 4096. Its checksum is still `NO_HASH`.
+
+    Records of experts are whole units of any device, so that nothing is read beside them.
+    """
     bundle_bytes = bundle_size(parts)
-    record_bytes = round_up(bundles_per_record * bundle_bytes, alignment)
+    record_bytes = round_up(bundles_per_record * bundle_bytes, alignment if experts is None else FILE_ALIGNMENT)
     records = -(-neurons // bundles_per_record)
     return NeuronLayer(
         neurons=neurons,
@@ -77,6 +87,7 @@ def plan_layer(
         bytes=records * record_bytes,
         xxh3=NO_HASH,
         permutation=permutation,
+        experts=None if experts is None else expert_records(experts, bundles_per_record),
     )
 
 
@@ -96,24 +107,27 @@ def plan_layers(
     layers: list[NeuronLayer] = []
     for i, (given, count) in enumerate(zip(parts, bundles_per_record, strict=True)):
         placed = place_parts(given)
-        count = count or choose_bundles_per_record(
-            bundle_size(placed),
-            neurons=facts.intermediate_size,
-            alignment=alignment,
-            density=ASSUMED_DENSITY if facts.sparse else 1.0,
-        )
         layers.append(
             plan_layer(
                 placed,
-                neurons=facts.intermediate_size,
+                neurons=facts.neurons(i),
                 decision=decision,
-                bundles_per_record=count,
+                bundles_per_record=count or _bundles_per_record(facts, i, bundle_size(placed), alignment),
                 alignment=alignment,
                 offset=file_size(layers),
                 permutation=order_role(i) if order_role(i) in permuted else None,
+                experts=facts.routed(i),
             )
         )
     return tuple(layers)
+
+
+def _bundles_per_record(facts: Facts, layer: int, bundle_bytes: int, alignment: int) -> int:
+    experts = facts.routed(layer)
+    if experts is not None:
+        return expert_bundles_per_record(bundle_bytes, experts)
+    density = ASSUMED_DENSITY if facts.sparse else 1.0
+    return choose_bundles_per_record(bundle_bytes, neurons=facts.neurons(layer), alignment=alignment, density=density)
 
 
 def file_size(layers: Sequence[NeuronLayer]) -> int:

@@ -46,11 +46,12 @@ class Store:
             StoreReadError: it cannot be read.
         """
         n = self.manifest.layers[layer]
-        position_of = None
+        position_of, experts = None, self.manifest.facts.routed(layer)
         if n.permutation is not None:
             order = self.read_tensor(n.permutation).astype(np.int64)
             position_of = _inverse(order, f"{self.root}: {n.permutation}")
-        return Geometry(n.neurons, n.bundles_per_record, n.record_bytes, n.bundle_bytes, n.offset, position_of)
+        unit = 0 if experts is None else experts.size
+        return Geometry(n.neurons, n.bundles_per_record, n.record_bytes, n.bundle_bytes, n.offset, position_of, unit)
 
     def read_tensor(self, role: str) -> npt.NDArray[np.float32] | npt.NDArray[np.int32]:
         """A whole tensor as float32 (int32 for a permutation), in its shape: for small tensors and tests.

@@ -86,7 +86,7 @@ def predictor_shapes(facts: Facts, layer: int, rank: int) -> dict[str, Shape]:
 
     None is a role of a checkpoint, so `role_shapes` has none of them.
     """
-    hidden, neurons = facts.hidden_size, facts.intermediate_size
+    hidden, neurons = facts.hidden_size, facts.neurons(layer)
     matrices = {"lowrank.a.weight": (rank, hidden), "lowrank.b.weight": (neurons, rank),
                 "sketch.weight": (neurons, hidden)}  # fmt: skip
     return {ffn_role(layer, part): matrices.get(part, (neurons,)) for part in PREDICTOR_PARTS}
@@ -131,7 +131,7 @@ def role_shapes(facts: Facts) -> dict[str, Shape]:
     if facts.embed_norm:
         shapes |= {"embed.norm.weight": (hidden,), "embed.norm.bias": (hidden,)}
     for i in range(facts.num_layers):
-        shapes |= {f"layers.{i}.{role}": shape for role, shape in _layer_shapes(facts).items()}
+        shapes |= {f"layers.{i}.{role}": shape for role, shape in _layer_shapes(facts, i).items()}
     shapes |= {"final_norm.weight": (hidden,), "final_norm.bias": (hidden,)}
     if embed != hidden:
         shapes["project_out.weight"] = (embed, hidden)
@@ -140,8 +140,8 @@ def role_shapes(facts: Facts) -> dict[str, Shape]:
     return shapes
 
 
-def _layer_shapes(facts: Facts) -> dict[str, Shape]:
-    hidden, neurons = facts.hidden_size, facts.intermediate_size
+def _layer_shapes(facts: Facts, layer: int) -> dict[str, Shape]:
+    hidden, neurons = facts.hidden_size, facts.neurons(layer)
     heads, kv = facts.num_heads * facts.head_dim, facts.num_kv_heads * facts.head_dim
     shapes: dict[str, Shape] = {"attn.norm.weight": (hidden,), "attn.norm.bias": (hidden,)}
     for name, out, into in (("q", heads, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, heads)):
@@ -151,6 +151,7 @@ def _layer_shapes(facts: Facts) -> dict[str, Shape]:
         shapes |= {f"attn.{name}.weight": (out, into), f"attn.{name}.bias": (out,)}
     shapes |= _output_norm_shapes(facts, "attn")
     shapes |= {"ffn.norm.weight": (hidden,), "ffn.norm.bias": (hidden,)}
+    shapes |= _router_shapes(facts, layer)
     for name in ("gate", "up") if facts.gated else ("up",):
         shapes |= {f"ffn.{name}.weight": (neurons, hidden), f"ffn.{name}.bias": (neurons,)}
     shapes |= {"ffn.down.weight": (hidden, neurons), "ffn.down.bias": (hidden,)}
@@ -162,6 +163,20 @@ def _output_norm_shapes(facts: Facts, block: str) -> dict[str, Shape]:
     if facts.norm_position != "both":
         return {}
     return {f"{block}.output_norm.{kind}": (facts.hidden_size,) for kind in ("weight", "bias")}
+
+
+def _router_shapes(facts: Facts, layer: int) -> dict[str, Shape]:
+    """Of a layer of experts: what chooses them, and what weighs the shared ones."""
+    experts = facts.routed(layer)
+    if experts is None:
+        return {}
+    shapes: dict[str, Shape] = {"ffn.router.weight": (experts.count, facts.hidden_size)}
+    shapes["ffn.router.bias"] = (experts.count,)
+    if experts.scoring == "sigmoid":
+        shapes["ffn.router.correction"] = (experts.count,)
+    if experts.shared_gate:
+        shapes["ffn.shared_gate.weight"] = (1, facts.hidden_size)
+    return shapes
 
 
 def _qk_norm_shapes(facts: Facts) -> dict[str, Shape]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 from flashinfer import pack
 from flashinfer.checkpoint import TensorInfo
 from flashinfer.engine import Model
-from flashinfer.layout.view import View, in_halves, taken_rows
+from flashinfer.errors import CheckpointError, LayoutError
+from flashinfer.layout.view import Block, Joined, View, in_halves, taken_rows
 from flashinfer.pack.views import Views
 from tests.families import make
 
@@ -23,12 +26,12 @@ class Memory:
 
     def __init__(self, **arrays: Any) -> None:
         self.path, self.config, self.text = Path("memory"), {}, {}
-        self._arrays = {n: np.asarray(a, dtype=np.float32) for n, a in arrays.items()}
+        self._arrays = {n: np.ascontiguousarray(a, dtype=np.float32) for n, a in arrays.items()}
         self.tensors = {n: TensorInfo(n, "f32", a.shape) for n, a in self._arrays.items()}
         self.most = 0
 
     def _words(self, name: str) -> np.ndarray:
-        return np.atleast_2d(self._arrays[name]).view(np.uint32)
+        return self._arrays[name].reshape(self.tensors[name].matrix).view(np.uint32)
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         return self._counted(self._words(name)[start:stop].copy())
@@ -123,3 +126,86 @@ def test_other_packings_give_the_same_bits(tmp_path: Path, case: str) -> None:
         with Model.open(tmp_path / store) as model:
             logits.append(model.logits(model.session(), list(range(3, 20))))
     assert (logits[0] == logits[1]).all()
+
+
+@st.composite
+def mixtures(draw: Any) -> tuple[dict[str, np.ndarray], Joined, np.ndarray]:
+    """Tensors of experts (one each or one for all, fused with others, turned over), a view of them, and what it is."""
+    count, size, width, shared = (draw(st.integers(low, 5)) for low in (1, 1, 1, 0))
+    columns, stacked, turned, step = (draw(st.booleans()) for _ in range(4))
+    rows, every = (width, 1) if columns else (size, 1 + step)
+    start, fused = draw(st.integers(0, 2)), rows * every + 3
+    whole = np.arange(count * fused * (size if columns else width), dtype=np.float32).reshape(count, fused, -1)
+    expected = [e[start : start + rows * every : every] for e in whole]
+    stored = whole.transpose(0, 2, 1) if turned else whole
+    arrays = {"all": stored} if stacked else {f"e{e}": m for e, m in enumerate(stored)}
+    high = stored.shape[1]
+    blocks = [
+        Block("all" if stacked else f"e{e}", e * high if stacked else 0, high, rows, turned, start, every)
+        for e in range(count)
+    ]
+    sizes = [size] * count
+    if shared:
+        arrays["shared"] = -np.arange(shared * width, dtype=np.float32).reshape(
+            (width, shared)[:: 1 if columns else -1]
+        )
+        expected.append(arrays["shared"])
+        blocks.append(Block("shared", 0, len(arrays["shared"]), len(arrays["shared"])))
+        sizes.append(shared)
+    total = np.concatenate(expected, axis=1 if columns else 0)
+    return arrays, Joined(tuple(blocks), tuple(sizes), total.shape, columns), total
+
+
+@given(made=mixtures(), data=st.data())
+def test_experts_joined(made: Any, data: Any) -> None:
+    arrays, view, expected = made
+    views = Views(Memory(**arrays), {"view": view})
+    assert views.tensors["view"].shape == expected.shape
+    start = data.draw(st.integers(0, sum(view.sizes) - 1))
+    stop = data.draw(st.integers(start + 1, sum(view.sizes)))
+    if view.columns:
+        found, wanted = views.read_columns("view", slice(start, stop)), expected[:, start:stop]
+    else:
+        found, wanted = views.read_rows("view", start, stop), expected[start:stop]
+    assert np.array_equal(np.ascontiguousarray(found).view(np.float32), wanted)
+    views.will_need("view")
+
+
+def test_experts_of_one_layer_are_of_one_type() -> None:
+    source = Memory(a=np.zeros((2, 3)), b=np.zeros((2, 3)))
+    source.tensors["b"] = TensorInfo("b", "f16", (2, 3))
+    view = Joined((Block("a", 0, 2, 2), Block("b", 0, 2, 2)), (2, 2), (4, 3), columns=False)
+    with pytest.raises(CheckpointError, match="tensors a and b are f32 and f16; experts of one layer"):
+        Views(source, {"view": view})
+
+
+def spoilt(checkpoint: Path, to: Path, change: Any) -> Path:
+    """A copy of a checkpoint of one file, its tensors and its config changed."""
+    to.mkdir()
+    tensors, config = load_file(checkpoint / "model.safetensors"), json.loads((checkpoint / "config.json").read_text())
+    change(tensors, config)
+    save_file(tensors, to / "model.safetensors")
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, c: t.pop(EXPERT), rf"tensor {EXPERT} \(role layers\.1\.ffn\.up\.weight\) is missing"),
+        (lambda t, c: t.update({EXPERT: t[EXPERT][:20].copy()}), rf"tensor {EXPERT} has shape \[20, 40\], \[24, 40\]"),
+        (lambda t, c: c.update(num_local_experts=10**9), "1000000000 experts for"),
+        (lambda t, c: c.update(num_local_experts=5), "has shape|no place for tensor"),
+        (lambda t, c: c.update(num_experts_per_tok=7), "7 experts a token, of 6"),
+        (lambda t, c: c.update(mlp_only_layers=3), "mlp_only_layers = 3, a list was expected"),
+        (lambda t, c: c.update(decoder_sparse_step=0), "each 0-th one"),
+        (lambda t, c: c.update(num_hidden_layers=10**9), "1000000000 layers"),
+    ],
+)
+def test_a_mixture_that_does_not_fit(tmp_path: Path, change: Any, message: str) -> None:
+    checkpoint = make("qwen3_moe", tmp_path / "checkpoint")
+    with pytest.raises(LayoutError, match=message):
+        pack(spoilt(checkpoint, tmp_path / "spoilt", change), tmp_path / "store")

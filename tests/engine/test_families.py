@@ -16,7 +16,9 @@ from flashinfer.config import Cap
 from flashinfer.engine import Model
 from flashinfer.errors import CapTooSmallError
 from flashinfer.model.scoring import scoring_of
-from tests.families import CASES, CONTEXT, FAT, make, reference
+from flashinfer.store import Experts
+from tests import families
+from tests.families import CASES, CONTEXT, FAT, make
 
 PROMPT = [int(t) for t in np.random.default_rng(7).integers(3, 89, 40)]
 GREEDY = 32
@@ -35,14 +37,12 @@ def made(tmp_path_factory: pytest.TempPathFactory):
     return get
 
 
-@cache
-def oracle(case: str, checkpoint: Path) -> Any:
-    return reference(case, checkpoint)
+reference = cache(families.reference)
 
 
 def expected_logits(case: str, checkpoint: Path, tokens: list[int]) -> np.ndarray:
     with torch.no_grad():
-        return oracle(case, checkpoint)(torch.tensor([tokens])).logits[0].numpy()
+        return reference(case, checkpoint)(torch.tensor([tokens])).logits[0].numpy()
 
 
 @cache
@@ -95,6 +95,11 @@ FACTS = {
     "stablelm-12b": {"qk_norm": "heads", "parallel": True},
     "persimmon": {"qk_norm": "head", "activation": "relu2", "sparse": True},
     "nemotron": {"activation": "relu2", "gated": False, "sparse": True},
+    "mixtral": {"experts": Experts(6, 2, 107, normalised=True)},
+    "qwen2_moe": {"experts": Experts(6, 2, 24, shared_size=32, shared_gate=True)},
+    "qwen2_moe-mixed": {"experts": Experts(6, 2, 24, shared_size=36, shared_gate=True, normalised=True, dense=(0, 2))},
+    "qwen3_moe-mixed": {"experts": Experts(6, 2, 24, dense=(1,))},
+    "granitemoe": {"experts": Experts(6, 2, 107, normalised=True), "residual_scale": 0.22},
 }
 
 

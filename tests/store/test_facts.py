@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashinfer.errors import StoreError
-from flashinfer.store import Facts
+from flashinfer.store import Experts, Facts
 from flashinfer.store.check import check_facts
 from flashinfer.store.facts import LATER_FACTS, Rope, facts_table
 
@@ -20,11 +20,12 @@ FACTS = Facts(
     num_kv_heads=2, head_dim=4, context_length=32, norm="rms", norm_eps=1e-6, norm_position="pre", activation="relu",
     gated=True, tied_head=False, rope=ROPE,
 )  # fmt: skip
+EXPERTS = Experts(8, 2, 21, shared_size=5, shared_gate=True, groups=4, top_groups=2, dense=(1,))
 CHANGES: dict[str, Any] = {
     "parallel": True, "qk_norm": "heads", "embed_scale": 12.0, "residual_scale": 0.22, "logit_scale": 0.5,
     "attention_scale": 0.1, "window": 64, "global_layers": (1,), "local_rope": Rope(theta=100.0, rotary_dim=4),
     "attention_softcap": 50.0, "logit_softcap": 30.0, "threshold": 0.01, "alibi": 8.0, "alibi_scaled": True,
-    "embed_norm": True, "sinks": True,
+    "embed_norm": True, "sinks": True, "experts": EXPERTS,
 }  # fmt: skip
 ROPE_CHANGES: dict[str, Any] = {
     "attention_factor": 1.2, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False, "short_factor": (1.0, 1.0),
@@ -78,6 +79,17 @@ def test_what_is_written_is_read(changed: set[str], turned: set[str]) -> None:
         ({"logit_softcap": float("nan")}, "logit_softcap is nan"),
         ({"rope": {"skipped": (2,)}}, "a layer that is not there"),
         ({"rope": {"attention_factor": 0.0}}, "attention_factor"),
+        ({"experts": Experts(0, 1, 4)}, "0 experts of 4 neurons"),
+        ({"experts": Experts(4, 1, 0)}, "4 experts of 0 neurons"),
+        ({"experts": Experts(4, 5, 4)}, "5 experts a token, of 4"),
+        ({"experts": Experts(4, 0, 4)}, "0 experts a token"),
+        ({"experts": Experts(6, 1, 4, groups=4)}, "6 experts in 4 groups"),
+        ({"experts": Experts(8, 5, 4, groups=4, top_groups=2)}, "5 experts a token, of 4"),
+        ({"experts": Experts(8, 1, 4, groups=2, top_groups=3)}, "3 of 2 groups"),
+        ({"experts": Experts(4, 1, 4, scoring="sigmoid", groups=4, top_groups=2)}, "groups of one expert"),
+        ({"experts": Experts(4, 1, 4, scale=float("inf"))}, "expert scale"),
+        ({"experts": Experts(4, 1, 4, shared_gate=True)}, "none of them"),
+        ({"experts": Experts(4, 1, 4, dense=(2,))}, "dense layer among experts"),
         ({"rope": {"scaling": "yarn"}}, "impossible ramp"),
         ({"rope": {"scaling": "yarn", "original_context": 8, "beta_slow": 40.0}}, "impossible ramp"),
         ({"rope": {"scaling": "longrope", "original_context": 8}}, "impossible factors"),
@@ -89,3 +101,10 @@ def test_what_cannot_be(change: dict[str, Any], message: str) -> None:
     rope = msgspec.structs.replace(ROPE, **change.get("rope", {}))
     with pytest.raises(StoreError, match=message):
         check_facts(msgspec.structs.replace(FACTS, **(change | {"rope": rope})), need)
+
+
+def test_neurons_of_a_layer() -> None:
+    facts = msgspec.structs.replace(FACTS, experts=EXPERTS)
+    assert [facts.neurons(i) for i in range(2)] == [8 * 21 + 5, 21]
+    assert facts.routed(0) == EXPERTS
+    assert facts.routed(1) is None

@@ -1,0 +1,109 @@
+"""Layers of experts: the neurons of those that a step's tokens get, as they arrive.
+
+A tile of neurons is of one expert, at the same place whatever else is needed, so what it adds does not depend on how
+tiles are grouped (`docs/architecture.md`, "Exact by construction"). Only tiles of needed experts are ever looked at: no
+buffer is as wide as a layer has neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from flashinfer.backend import Buffer, Bundle
+from flashinfer.config import EXPERT_WORK, TILE_NEURONS, TILE_ROWS
+from flashinfer.model.rows import Rows
+from flashinfer.model.weights import Group, Weights, unit_tiles
+from flashinfer.predict import Router, Selection, Span
+from flashinfer.store import Experts, Facts
+
+Index = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+def units_of(columns: Index, experts: Experts) -> Index:
+    """The units of neurons, each as many as an expert has, that experts of these columns of `shares` lie in."""
+    routed = columns[columns < experts.count]
+    if len(routed) == len(columns):
+        return columns
+    return np.concatenate([routed, np.arange(experts.count, -(-experts.neurons // experts.size))])
+
+
+def neurons_of(columns: Index, experts: Experts) -> Index:
+    """All neurons of these experts, sorted."""
+    tiles = unit_tiles(units_of(columns, experts), experts.size, experts.neurons)
+    return tiles[tiles >= 0]
+
+
+class Mixture:
+    """Runs layers of experts. Holds nothing of a step.
+
+    window: of how many of a step's last tokens the cache is told what they needed. everything: experts that nobody
+    chose are read, too, and add nothing.
+    """
+
+    def __init__(self, facts: Facts, weights: Weights, router: Router, window: int, *, everything: bool) -> None:
+        self._facts, self._weights, self._router = facts, weights, router
+        self._window, self._everything = window, everything
+
+    def shares(self, layer: int, x: Buffer, rows: Rows) -> Floats:
+        """What the step's tokens take of each expert, as `Router.shares`."""
+        return self._router.shares(layer, x, Span(rows.skip, rows.count))
+
+    def run(
+        self, layer: int, x: Buffer, shares: Floats, rows: Rows, bundle: Bundle, guess: Callable[[], Index | None]
+    ) -> Buffer:
+        """What the experts add, `[rows.total, hidden]`. x: the layer's FFN input. guess: see `Weights.neurons`."""
+        experts, backend = self._facts.routed(layer), self._weights.backend
+        assert experts is not None
+        selection, tiles = self._select(shares, experts)
+        owners = np.minimum(tiles[:, 0] // experts.size, experts.count)
+        every = np.zeros((experts.columns, rows.total), dtype=np.float32)
+        every[:, rows.skip : rows.skip + rows.count] = shares.T
+        out = backend.zeros(rows.total, self._facts.hidden_size)
+        for group in self._weights.neurons(layer, selection, tiles, guess):
+            for part in _parts(group, rows.total):
+                some = _numbered(tiles[part.first : part.last])
+                gate = backend.zeros(rows.total, len(some) * TILE_ROWS)
+                backend.decide(gate, x, some, part.memory, part.offsets, bundle)
+                fired = backend.fire(gate, self._facts.activation, some)
+                backend.weigh(fired, every[owners[part.first : part.last]])
+                backend.ffn(out, x, fired, part.memory, part.offsets, bundle)
+        return out
+
+    def expected(self, layer: int, x: Buffer) -> Index:
+        """Whom one token with that input needs; of a dense layer that is everyone."""
+        experts = self._facts.routed(layer)
+        if experts is None:
+            return np.arange(self._facts.neurons(layer))
+        return neurons_of(np.flatnonzero(self._router.shares(layer, x, Span(0, 1))[0]), experts)
+
+    def _select(self, shares: Floats, experts: Experts) -> tuple[Selection, Index]:
+        """The neurons the step needs, and their tiles."""
+        if self._everything:
+            every = np.arange(experts.columns)
+            return Selection(np.arange(experts.neurons)), self._tiles(every, experts)
+        chosen = shares != 0  # what is not a number counts
+        needed = np.flatnonzero(chosen.any(axis=0))
+        last = chosen[max(0, len(chosen) - self._window) :] if len(chosen) > 1 else chosen[:0]
+        recent = tuple(neurons_of(np.flatnonzero(token), experts) for token in last)
+        return Selection(neurons_of(needed, experts), recent), self._tiles(needed, experts)
+
+    def _tiles(self, columns: Index, experts: Experts) -> Index:
+        return unit_tiles(units_of(columns, experts), experts.size, experts.neurons)
+
+
+def _parts(group: Group, tokens: int) -> Iterator[Group]:
+    """The group in parts whose products and activations take `EXPERT_WORK` bytes at most."""
+    step = max(1, EXPERT_WORK // (4 * tokens * (TILE_ROWS + TILE_NEURONS)))
+    for first in range(group.first, group.last, step):
+        last = min(group.last, first + step)
+        yield Group(first, last, group.memory, group.offsets[first - group.first : last - group.first])
+
+
+def _numbered(tiles: Index) -> Index:
+    """Where products of the tiles' neurons go: each tile begins a row tile of its own, as it would beside any other."""
+    places = np.arange(len(tiles))[:, None] * TILE_ROWS + np.arange(TILE_NEURONS)
+    return np.where(tiles >= 0, places, -1)
