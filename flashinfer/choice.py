@@ -35,6 +35,11 @@ class Choice:
         return self.kind != "all" and (self.kind != "exact" or facts.sparse)
 
     @property
+    def approximates(self) -> bool:
+        """Whether the output is not the model's."""
+        return self.level is not None or self.experts is not None
+
+    @property
     def note(self) -> str:
         """For people: empty where nothing is approximated."""
         if self.experts is not None:
@@ -46,13 +51,11 @@ class Choice:
         return f"{self.kind} predictor at {what} {self.level.target:g} (perplexity {worse:+.2%} when calibrated)"
 
 
-def choices(
-    m: Manifest, calibration: Calibration | None, asked: str, max_ppl_increase: float, experts: int | None = None
-) -> list[Choice]:
+def choices(m: Manifest, calibration: Calibration | None, asked: str, max_ppl_increase: float) -> list[Choice]:
     """What `asked` allows: one predictor, or for `auto` all within that share of perplexity, exact ones first.
 
-    asked: `exact`, `certified`, `all`, `auto`, `router`, or `low-rank`, `threshold`, with `:TARGET` for a recorded
-    level. experts: how many a token gets, None as many as the model was made for.
+    asked: `exact`, `certified`, `all`, `auto`, or `low-rank`, `threshold`, with `:TARGET` for a recorded level; or
+    `router`, with `:N` for so many experts for each token.
 
     Raises:
         PredictorError: the store has no such predictor, or not at that level.
@@ -60,8 +63,8 @@ def choices(
     """
     name, target = parse_predictor(asked)
     if m.facts.experts is not None:
-        return [_routed(m.facts.experts, name, experts)]
-    if name == "router" or experts is not None:
+        return [_routed(m.facts.experts, name, int(target) if name == "router" and target else None)]
+    if name == "router":
         raise PredictorError("this model is dense: it has no experts of which a router could choose some")
     if name == "auto":
         return [_exact(m), *_good_enough(m, calibration, max_ppl_increase)]
@@ -113,9 +116,13 @@ def _routed(experts: Experts, name: str, per_token: int | None) -> Choice:
 def parse_predictor(asked: str) -> tuple[str, str]:
     """The name, and the target behind the colon or an empty text. Raises ValueError: there is no such name."""
     name, colon, target = asked.partition(":")
-    if name not in (*get_args(Kind), "auto") or (colon and (name not in APPROXIMATIONS or not target)):
+    fits = (bool(target) and name in APPROXIMATIONS) or (name == "router" and target.isdecimal() and int(target) > 0)
+    if name not in (*get_args(Kind), "auto") or (colon and not fits):
         names = ", ".join((*get_args(Kind), "auto"))
-        raise ValueError(f"predictor must be one of {names} (low-rank and threshold also with :TARGET), not {asked!r}")
+        raise ValueError(
+            f"predictor must be one of {names} (low-rank and threshold also with :TARGET, router with :EXPERTS), "
+            f"not {asked!r}"
+        )
     return name, target
 
 

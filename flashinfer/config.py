@@ -125,8 +125,6 @@ class RunConfig:
     """What computes on the CPU: auto is the native core where it was built, else torch."""
     predictor: str = "exact"
     """Who names the neurons a token needs: see `choice.choices`. exact gives exact output; others must be asked for."""
-    experts_per_token: int | None = None
-    """Experts each token gets of a mixture of experts; None as many as the model was made for. Others approximate."""
     max_ppl_increase: float = 0.01
     """Share of perplexity that the predictor `auto` may cost, as calibration measured it."""
     kv_type: KvType = "f32"

@@ -113,4 +113,4 @@ def _times(s: LayerStatistics, times: float) -> LayerStatistics:
 def mean_firing(layers: tuple[Firing, ...]) -> Firing:
     """All layers in one, for people: the mean density, and where it comes from."""
     density = sum(f.density for f in layers) / len(layers)
-    return Firing(density, layers[0].reuse, layers[0].hit_rate, layers[0].source)
+    return Firing(density, layers[-1].reuse, layers[-1].hit_rate, layers[-1].source)

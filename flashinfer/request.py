@@ -57,7 +57,7 @@ def subjects_of(store: Store, run: RunConfig, mode: Mode) -> list[Subject]:
     elif adapter is not None:
         found = [under_adapter(m, run.predictor, adapter.decides)]
     else:
-        found = choices(m, calibration, run.predictor, run.max_ppl_increase, run.experts_per_token)
+        found = choices(m, calibration, run.predictor, run.max_ppl_increase)
     return [Subject(restricted(m, choice), choice, calibration, adapter) for choice in found]
 
 

@@ -14,6 +14,7 @@ from flashinfer.cli.options import (
     DEFAULT_PPL,
     AdapterOption,
     BackendOption,
+    ExpertsOption,
     KvOption,
     LogLevelOption,
     MaxPplOption,
@@ -80,6 +81,7 @@ def command(
     predictor: PredictorOption = RunConfig.predictor,
     max_ppl_increase: MaxPplOption = DEFAULT_PPL,
     adapter: AdapterOption = None,
+    experts_per_token: ExpertsOption = None,
     kv_type: KvOption = DEFAULT_KV,
     device: DeviceOption = Device.CPU,
     log_level: LogLevelOption = None,
@@ -95,7 +97,8 @@ def command(
         "repetition_penalty": repetition_penalty, "seed": seed,
     }  # fmt: skip
     check_text_options(sampling, stop or [])
-    cap, (predictor, worse) = parse_cap(memory, weight_memory), parse_predictor_options(predictor, max_ppl_increase)
+    cap = parse_cap(memory, weight_memory)
+    predictor, worse = parse_predictor_options(predictor, max_ppl_increase, experts_per_token)
     from flashinfer.cli.chat_loop import Talk, converse
     from flashinfer.generate import Chat, chat_template_of, load
     from flashinfer.text import ChatFormat

@@ -19,6 +19,7 @@ from flashinfer.cli.options import (
     DEFAULT_PPL,
     AdapterOption,
     BackendOption,
+    ExpertsOption,
     KvOption,
     LogLevelOption,
     MaxPplOption,
@@ -93,6 +94,7 @@ def command(
     predictor: PredictorOption = RunConfig.predictor,
     max_ppl_increase: MaxPplOption = DEFAULT_PPL,
     adapter: AdapterOption = None,
+    experts_per_token: ExpertsOption = None,
     kv_type: KvOption = DEFAULT_KV,
     device: DeviceOption = Device.CPU,
     session: Annotated[
@@ -132,7 +134,8 @@ def command(
     files = [path for path in (trace, session, record) if path is not None]
     if len(set(files)) < len(files):
         raise typer.BadParameter("--trace, --session and --record-activations each need a file of their own")
-    cap, (predictor, worse) = parse_cap(memory, weight_memory), parse_predictor_options(predictor, max_ppl_increase)
+    cap = parse_cap(memory, weight_memory)
+    predictor, worse = parse_predictor_options(predictor, max_ppl_increase, experts_per_token)
     resumed = session is not None and session.exists()
     text = read_prompt(prompt, file, optional=resumed)
     from flashinfer.generate import chat_template_of, load

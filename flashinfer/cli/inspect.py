@@ -161,11 +161,13 @@ def _lines(s: dict[str, Any]) -> list[tuple[str, str]]:
     f = s["facts"]
     heads = f"{f['num_heads']} heads" + (f" ({f['num_kv_heads']} kv)" if f["num_kv_heads"] != f["num_heads"] else "")
     sparse = "sparse: neurons are skipped" if f["activation"] in SPARSE_ACTIVATIONS else "dense: every neuron is read"
+    sparse = "experts that are not chosen are skipped" if f["experts"] else sparse
     codecs = ", ".join(f"{name} {format_size(size)}" for name, size in s["codecs"].items())
     return [
         ("store", f"{s['path']} (version {s['store_version']}, by {s['generator']})"),
         ("family", f"{f['family']}, {_count(s['parameters'])} parameters"),
         ("shape", f"{f['num_layers']} layers, hidden {f['hidden_size']}, FFN {f['intermediate_size']}, {heads}"),
+        *_expert_lines(f),
         ("vocabulary", f"{f['vocab_size']} tokens, {'tied' if f['tied_head'] else 'separate'} head"),
         ("context", f"{f['context_length']} tokens, {_positions(f)} positions"
                     + _window(f)),
@@ -219,6 +221,15 @@ def _layer_lines(layers: list[dict[str, Any]]) -> list[tuple[str, str]]:
         )
         lines.append((span, text))
     return lines
+
+
+def _expert_lines(f: dict[str, Any]) -> list[tuple[str, str]]:
+    """Of a mixture of experts, how many and how large."""
+    if (e := f["experts"]) is None:
+        return []
+    shared = f", {e['shared_size']} neurons shared by all" if e["shared_size"] else ""
+    dense = f"; {len(e['dense'])} of {f['num_layers']} layers are dense" if e["dense"] else ""
+    return [("experts", f"{e['per_token']} of {e['count']} for each token, {e['size']} neurons each{shared}{dense}")]
 
 
 def _predictor_lines(s: dict[str, Any]) -> list[tuple[str, str]]:

@@ -60,7 +60,15 @@ PredictorOption = Annotated[
         "--predictor",
         metavar="NAME[:TARGET]",
         help="Who names the neurons to read: exact, certified (exact, too), low-rank or threshold (approximations, at "
-        "a calibrated level), all, or auto: the fastest within --max-ppl-increase.",
+        "a calibrated level), all, or auto: the fastest within --max-ppl-increase. Of a mixture of experts the router.",
+    ),
+]
+ExpertsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--experts-per-token",
+        min=1,
+        help="Of a mixture of experts: so many for each token, an approximation. (default: as many as the model has)",
     ),
 ]
 MaxPplOption = Annotated[
@@ -100,11 +108,17 @@ def usage_errors(option: str | None = None) -> Iterator[None]:
         raise typer.BadParameter(str(e), param_hint=option) from e
 
 
-def parse_predictor_options(predictor: str, max_ppl_increase: str) -> tuple[str, float]:
-    """Both as `RunConfig` has them. Raises typer.BadParameter."""
+def parse_predictor_options(
+    predictor: str, max_ppl_increase: str, experts_per_token: int | None = None
+) -> tuple[str, float]:
+    """The first two as `RunConfig` has them. Raises typer.BadParameter."""
     from flashinfer.choice import parse_predictor
     from flashinfer.units import parse_share
 
+    if experts_per_token is not None:
+        if predictor not in (RunConfig.predictor, "router"):
+            raise typer.BadParameter("only the router chooses experts: leave --predictor out", param_hint="--predictor")
+        predictor = f"router:{experts_per_token}"
     with usage_errors("--predictor"):
         parse_predictor(predictor)
     with usage_errors("--max-ppl-increase"):

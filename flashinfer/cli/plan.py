@@ -15,6 +15,7 @@ from flashinfer.cli.options import (
     DEFAULT_PPL,
     AdapterOption,
     BackendOption,
+    ExpertsOption,
     KvOption,
     LogLevelOption,
     MaxPplOption,
@@ -49,6 +50,7 @@ def command(
     predictor: PredictorOption = RunConfig.predictor,
     max_ppl_increase: MaxPplOption = DEFAULT_PPL,
     adapter: AdapterOption = None,
+    experts_per_token: ExpertsOption = None,
     kv_type: KvOption = DEFAULT_KV,
     threads: Annotated[int, typer.Option(min=0, help="Compute threads; 0 is all cores.")] = RunConfig.threads,
     remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure disk and machine again.")] = False,
@@ -64,7 +66,7 @@ def command(
     """
     set_log_level(log_level)
     cap = parse_cap(memory, weight_memory)
-    predictor, worse = parse_predictor_options(predictor, max_ppl_increase)
+    predictor, worse = parse_predictor_options(predictor, max_ppl_increase, experts_per_token)
     run = RunConfig(
         backend=backend.value, kv_type=kv_type.value, threads=threads, predictor=predictor, max_ppl_increase=worse,
         adapter=adapter,

@@ -182,6 +182,10 @@ class Decoder:
             return self._ffn(layer, x, residual, rows)
         shares = self._mixture.shares(layer, x, rows)
         guess = partial(self._next, layer + 1, residual, rows)
+        if self.observer is not None:
+            inputs = self.backend.products(x, rows.skip, rows.count)
+            active = self._mixture.active(layer, shares)
+            self.observer.seen(layer, Seen(inputs, inputs[:, :0], active, active))
         return self._mixture.run(layer, x, shares, rows, self._bundles[layer], guess)
 
     def _ffn(self, layer: int, x: Buffer, residual: Buffer, rows: Rows) -> Buffer:

@@ -73,6 +73,13 @@ class Mixture:
                 backend.ffn(out, x, fired, part.memory, part.offsets, bundle)
         return out
 
+    def active(self, layer: int, shares: Floats) -> npt.NDArray[np.bool_]:
+        """Whose neurons each token gets, `[tokens, neurons]`: for who looks on."""
+        experts = self._facts.routed(layer)
+        assert experts is not None
+        owners = np.minimum(np.arange(experts.neurons) // experts.size, experts.count)
+        return np.asarray((shares != 0)[:, owners])
+
     def expected(self, layer: int, x: Buffer) -> Index:
         """Whom one token with that input needs; of a dense layer that is everyone."""
         experts = self._facts.routed(layer)

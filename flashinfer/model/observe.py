@@ -17,8 +17,8 @@ class Seen:
     """One layer in one step, on the host; valid until the observer returns.
 
     x: FFN inputs, normed, `[tokens, hidden]`. gate: decision products `[tokens, neurons]`, 0 where a product was not
-    computed because the neuron was not selected. active: who contributed, `[tokens, neurons]`. needed: whom the
-    predictor named for each token; None is everyone.
+    computed because the neuron was not selected; `[tokens, 0]` of a layer of experts, which keeps none. active: who
+    contributed, `[tokens, neurons]`. needed: whom the predictor named for each token; None is everyone.
     """
 
     x: Floats

@@ -38,7 +38,8 @@ class Counter:
 
     def __init__(self, facts: Facts, *, complete: bool) -> None:
         """complete: whether the predictor names all that fire, so that its recall is known to be 1."""
-        self._neurons, self._recall = facts.intermediate_size, 1.0 if complete else None
+        self._neurons = [facts.neurons(i) for i in range(facts.num_layers)]
+        self._recall = 1.0 if complete else None
         self._tokens, self._needed, self._active = (np.zeros(facts.num_layers, dtype=np.int64) for _ in range(3))
 
     def seen(self, layer: int, step: Seen) -> None:
@@ -49,8 +50,8 @@ class Counter:
 
     def layers(self) -> tuple[Named, ...]:
         """What was counted, by layer."""
-        counts = zip(self._tokens.tolist(), self._needed.tolist(), self._active.tolist(), strict=True)
-        return tuple(_named(tokens * self._neurons, needed, active, self._recall) for tokens, needed, active in counts)
+        counts = zip(self._tokens.tolist(), self._neurons, self._needed.tolist(), self._active.tolist(), strict=True)
+        return tuple(_named(tokens * size, needed, active, self._recall) for tokens, size, needed, active in counts)
 
 
 class Inputs:

@@ -12,7 +12,7 @@ import msgspec
 
 from flashinfer import __distribution__, __version__
 from flashinfer.config import Cap, RunConfig
-from flashinfer.errors import StoreError, TextError
+from flashinfer.errors import PredictorError, StoreError, TextError
 from flashinfer.store import Calibration, LayerStatistics, Level, Manifest, Store, StoreUpdate, open_store
 from flashinfer.text import load_tokenizer
 from flashinfer.tune.collect import collect, sample_bytes
@@ -59,6 +59,10 @@ def calibrate(
         CapTooSmallError: the cap is too small for a step. Else what `Model` raises.
     """
     store = open_store(path)
+    if store.manifest.facts.experts is not None:
+        raise PredictorError(
+            f"{path} is a mixture of experts: its router says who is needed, so there is nothing to learn"
+        )
     check_writable(store.root)
     options = options.suited(store.manifest)
     context = min(options.context, store.manifest.facts.context_length)

@@ -44,18 +44,19 @@ def candidates(
     if sweep and not levels:
         raise PredictorError(f"this store has no calibrated levels to sweep; {CALIBRATE}")
     if against is not None and approximates(against):
-        raise ValueError(f"predictors are held against exact, certified or all, not {against!r}")
+        raise ValueError(f"predictors are held against exact, certified, router or all, not {against!r}")
     wanted = [*(asked or ([] if sweep else ["exact"])), *(levels if sweep else ())]
     if against is None and any(map(approximates, wanted)):
         against = "exact"
     found: dict[str, Choice] = {}
     for name in wanted if against is None else [against, *wanted]:
         choice = choices(manifest, calibration, name, max_ppl_increase)[0]
-        if choice.level is None or choice not in found.values():
+        if not choice.approximates or choice not in found.values():
             found.setdefault(name, choice)
     return Candidates(against, tuple(name for name in found if name != against))
 
 
 def approximates(name: str) -> bool:
     """Whether a predictor of that name may be wrong, as `auto` may. Raises ValueError: there is no such name."""
-    return parse_predictor(name)[0] in (*APPROXIMATIONS, "auto")
+    kind, target = parse_predictor(name)
+    return kind in (*APPROXIMATIONS, "auto") or (kind == "router" and bool(target))

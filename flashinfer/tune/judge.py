@@ -92,7 +92,7 @@ def judge(
     """
     started, steps = time.perf_counter(), _Steps(ids, setup, progress, alone=reference is None)
     with opened(store, name, setup) as (model, chunk):
-        counter = Counter(model.facts, complete=model.choice.level is None)
+        counter = Counter(model.facts, complete=not model.choice.approximates)
         if reference is None:
             score = _scored(model, ids, setup, chunk, counter, steps, None)
             return Quality(name, model.choice, score, counter.layers(), time.perf_counter() - started)
@@ -147,7 +147,7 @@ def check_peak(cap: Cap) -> None:
 
 def reserve(facts: Facts, chunk: int) -> int:
     """Bytes that scoring takes beside a model that is run in chunks of so many tokens."""
-    return chunk_bytes(facts.vocab_size, chunk) + 2 * chunk * facts.intermediate_size + MARGIN
+    return chunk_bytes(facts.vocab_size, chunk) + 2 * chunk * max(map(facts.neurons, range(facts.num_layers))) + MARGIN
 
 
 def check_floor(store: Store, name: str, setup: Setup) -> None:

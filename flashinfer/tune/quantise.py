@@ -84,6 +84,10 @@ def quantise(
         StoreBusyError: someone else changes the store. DiskFullError: no room. DeviceError, StoreError.
     """
     store = open_store(path)
+    if store.manifest.facts.experts is not None:
+        raise QuantError(
+            f"{path} is a mixture of experts, which only `flashinfer pack --quant` can quantise: pack it again"
+        )
     check_writable(store.root)
     try:
         codecs = codecs_of(store.manifest, parse_recipe(options.recipe, (LlmInt8.name,)))

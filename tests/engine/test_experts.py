@@ -187,7 +187,7 @@ def test_fewer_experts_are_another_model(made) -> None:
     store = made["mixtral"].stores[0]
     logits = {}
     for count in (None, 1, 2, 8):
-        with Model.open(store, run=RunConfig(experts_per_token=count)) as model:
+        with Model.open(store, run=RunConfig(predictor=f"router:{count}" if count else "exact")) as model:
             logits[count] = model.logits(model.session(), PROMPT)
             assert ("experts for each token" in model.choice.note) == (count in (1, 8))
             model.step(model.session(), [5])
@@ -199,8 +199,7 @@ def test_fewer_experts_are_another_model(made) -> None:
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        (RunConfig(experts_per_token=9), r"9 experts for each token is not in 1\.\.8"),
-        (RunConfig(experts_per_token=0), r"0 experts for each token is not in 1\.\.8"),
+        (RunConfig(predictor="router:9"), r"9 experts for each token is not in 1\.\.8"),
         (RunConfig(predictor="certified"), "the router says who is needed"),
         (RunConfig(predictor="low-rank"), "the router says who is needed"),
         (RunConfig(predictor="threshold"), "the router says who is needed"),
