@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -16,10 +16,21 @@ from hypothesis import strategies as st
 
 from flashinfer import pack
 from flashinfer.backend import has_native, torch_backend
-from flashinfer.config import BackendName, CacheConfig, Cap, IoConfig, RunConfig
+from flashinfer.bench.cache import geometries, settings_for, study
+from flashinfer.config import BackendName, CacheConfig, Cap, DiskCurve, IoConfig, Rates, RunConfig
 from flashinfer.engine import Model
 from flashinfer.errors import CapTooSmallError, PredictorError
+from flashinfer.memory import conditions_of
 from flashinfer.model.neurons import NEURON_FILE
+from flashinfer.recording import Recorder as Recorded
+from flashinfer.recording import header_of, open_recording
+from flashinfer.speed import predict
+from flashinfer.store import open_store
+from flashinfer.tune.candidates import Candidates
+from flashinfer.tune.candidates import candidates as choose
+from flashinfer.tune.greedy import prompts_of
+from flashinfer.tune.judge import Setup, judge
+from flashinfer.tune.perplexity import Protocol
 from tests.checkpoints import save
 from tests.engine.test_prefill_reads import Recorder
 from tests.families import SIZES
@@ -229,3 +240,59 @@ def test_a_window_comes_back(made) -> None:
         assert model.window() == window
         assert np.array_equal(model.step(session, DECODED[:1]), next_logits)
         assert session.length == length
+
+
+def test_who_looks_on_sees_the_chosen(made, tmp_path: Path) -> None:
+    """A recording has the neurons of chosen experts, and replays with the records of the store."""
+    store = made["mixed"].stores[0]
+    with Model.open(store) as model, Recorded(tmp_path / "run", header_of(model.store.manifest, "router")) as recorder:
+        session = model.session()
+        model.observe(recorder)
+        for tokens in (PROMPT, *([t] for t in DECODED)):
+            model.step(session, tokens)
+        model.observe(None)
+        facts, needed = model.facts, model.ledger.decode.hits
+    found = open_recording(tmp_path / "run")
+    assert facts.experts is not None
+    for layer in range(3):
+        experts = facts.routed(layer)
+        for token in [sets[-1] for sets in found.layer(layer)]:
+            units = np.unique(token // experts.size) if experts else np.arange(0)
+            assert len(token) == (facts.experts.per_token * experts.size if experts else facts.intermediate_size)
+            assert len(units) == (facts.experts.per_token if experts else 0)
+    curves = study(found, geometries(found, store, 1), shares=(1.0,), settings=settings_for([5]))
+    assert curves.needed == needed
+
+
+def test_quality_of_fewer_experts(made) -> None:
+    """Scoring works, held against all the experts of the model; what one expert loses shows."""
+    store, protocol = open_store(made["mixtral"].stores[0]), Protocol(24, 24, None)
+    ids = np.array(PROMPT * 2)
+    names = choose(store.manifest, None, ["router:1", "exact"], against=None, sweep=False, max_ppl_increase=0.01)
+    assert names == Candidates("exact", ("router:1",))
+    setup = Setup(protocol, prompts_of(ids, protocol, 4), Cap(), RunConfig())
+    exact, one = (judge(store, ids, name, setup, progress=lambda done, total: None) for name in ("exact", "router:1"))
+    assert exact.named[0].density == pytest.approx(2 / 8)
+    assert exact.named[0].recall == 1.0
+    assert one.named[0].density == pytest.approx(1 / 8)
+    assert one.named[0].recall is None
+    assert one.score.perplexity != exact.score.perplexity
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_bytes_are_predicted(made, share: float) -> None:
+    """Given what is found in slots, the predicted bytes of a token are those of the ledger."""
+    store, run = made["mixtral"].stores[0], RunConfig(io=IoConfig(objective="bytes"), staging=64 * 1024, ring=0)
+    floor = floor_of(store, run=run, context=CONTEXT)
+    with Model.open(store, Cap(weight_memory=10**9), run=run, context=CONTEXT) as model:
+        cap = int(floor + share * (model.plan.weight_total - floor))
+    with Model.open(store, Cap(weight_memory=cap), run=run, context=CONTEXT) as model:
+        session = model.session()
+        model.step(session, PROMPT)
+        for token in DECODED:
+            model.step(session, [token])
+        account = model.ledger.decode
+        conditions = conditions_of(model._settled.subject.manifest, model._settled.request, DiskCurve(), Rates())
+        firing = tuple(replace(f, hit_rate=account.hit_rate) for f in conditions.firing)
+        found = predict(replace(conditions, firing=firing), model.plan, prompt_tokens=len(PROMPT))
+    assert found.flash_bytes == pytest.approx(account.bytes_per_token, rel=0.05)
