@@ -180,7 +180,8 @@ class NativeBackend:
         return out
 
     def weigh(self, fired: Floats, weights: Floats) -> None:
-        np.multiply(fired, weights[:, :, None], out=fired)
+        with np.errstate(invalid="ignore"):  # infinity times zero, which is zero here
+            np.multiply(fired, weights[:, :, None], out=fired)
         fired[weights == 0] = 0.0
 
     def copy(self, memory: Bytes, targets: Index, sources: Index, size: int) -> None:

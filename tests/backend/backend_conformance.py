@@ -398,6 +398,22 @@ class BackendConformance:
         expected = np.where(index < 0, np.float32(0), gate[:, np.maximum(index, 0)]).swapaxes(0, 1)
         assert same(found, expected)
 
+    @pytest.mark.parametrize("tokens", TOKENS)
+    def test_weigh(self, backend: Backend, tokens: int) -> None:
+        """Zero makes zero, of infinity and of what is no number, too."""
+        gate = normal(1, tokens, 2 * TILE_NEURONS)
+        gate[:, :2] = np.inf, np.nan
+        index = np.arange(2 * TILE_NEURONS).reshape(2, TILE_NEURONS)
+        fired = backend.fire(backend.place(gate), "relu", index)
+        weights = np.abs(normal(2, 2, tokens)) * (np.random.default_rng(3).random((2, tokens)) < 0.7)
+        weights[0, 0] = 0
+        before = backend.fetch(fired)
+        backend.weigh(fired, weights.astype(np.float32))
+        with np.errstate(invalid="ignore"):
+            expected = before * weights.astype(np.float32)[:, :, None]
+        expected[weights == 0] = 0
+        assert np.array_equal(backend.fetch(fired), expected, equal_nan=True)
+
     @pytest.mark.parametrize("codec", CODECS)
     @pytest.mark.parametrize(("gated", "bias"), [(True, False), (True, True), (False, False)])
     @pytest.mark.parametrize("tokens", TOKENS)

@@ -54,8 +54,9 @@ def model_notes(m: Manifest, disk: dict[str, Any], rates: Mapping[str, Rates]) -
         f"{name}: memory {r.dram / GB:.1f}, matrices {r.linear / GB:.1f}, neurons {r.bundle / GB:.1f} GB/s"
         for name, r in rates.items()
     )
+    experts = "" if f.experts is None else f", {f.experts.count} experts of {f.experts.size}"
     return [
-        f"{m.weight_bytes() / GB:.2f} GB of weights: hidden {f.hidden_size}, FFN {f.intermediate_size} "
+        f"{m.weight_bytes() / GB:.2f} GB of weights: hidden {f.hidden_size}, FFN {f.intermediate_size}{experts} "
         f"({f.activation}), {f.num_layers} layers, {f.num_heads} heads, vocabulary {f.vocab_size}.",
         *([f"Rates, {'; '.join(measured)}."] if rates else []),
         f"Curve known before: {curve['bytes_per_s'] / GB:.2f} GB/s, {curve['per_read_s'] * 1e6:.0f} us a read "
