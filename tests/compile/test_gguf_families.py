@@ -23,7 +23,8 @@ from flashinfer.engine import Model
 from flashinfer.errors import CheckpointError
 from flashinfer.layout import find_layout, match_layout
 from flashinfer.quant import codec_named
-from tests.compile.gguf_families import CASES, logits, make, write
+from tests.compile.gguf_cases import CASES
+from tests.compile.gguf_families import logits, make, write
 
 KINDS = [Type.F32, Type.F16, Type.Q8_0, Type.Q4_0, Type.Q4_K, Type.Q6_K]
 TOKENS = [int(t) for t in np.random.default_rng(5).integers(3, 40, 12)]

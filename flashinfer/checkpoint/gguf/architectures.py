@@ -5,11 +5,16 @@ Tensor names need no table: the `gguf` library knows GGUF's name for each name a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashinfer.checkpoint.gguf.forms import Form, head_by_head, keys_in_halves, queries_in_halves
+
+if TYPE_CHECKING:
+    from flashinfer.checkpoint.gguf.description import Description
+
+Computed = Callable[["Description", Collection[str]], Any]
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,8 @@ class Architecture:
         values: config.json key -> what holds for all files of the architecture and no metadata says.
         present: config.json key -> the tensor whose presence makes it true.
         absent: config.json key -> the tensor whose absence makes it true.
+        computed: config.json key -> what gives its value, from what the file says and the names of its tensors.
+        followed: keys of `NEUTRAL` that `computed` asks for.
         rope: whether positions are rotary.
         forms: tensors (`attn_q`, weight and bias; or `attn_norm.weight` alone) that are not laid out as Hugging Face's.
         stacked: what in a layout's tensor name counts the rows of one tensor of the file -> what stands there for all.
@@ -33,6 +40,8 @@ class Architecture:
     values: Mapping[str, Any] = field(default_factory=dict)
     present: Mapping[str, str] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
+    computed: Mapping[str, Computed] = field(default_factory=dict)
+    followed: tuple[str, ...] = ()
     rope: bool = True
     forms: Mapping[str, Form] = field(default_factory=dict)
     stacked: Mapping[str, str] = field(default_factory=dict)
@@ -80,14 +89,68 @@ _PAIRS = {"attn_q": Form(queries_in_halves), "attn_k": Form(keys_in_halves)}
 _TRANSPOSED = Form(transposed=True)
 _BIASES = {"attention_bias": "blk.0.attn_output.bias", "mlp_bias": "blk.0.ffn_up.bias"}
 _QKV_BIAS = "blk.0.attn_q.bias"
+_ONE_MORE = Form(plus_one=True)
+_NORMS = dict.fromkeys(("attn_norm.weight", "ffn_norm.weight", "output_norm.weight"), _ONE_MORE)
+_GEMMA_NORMS = _NORMS | dict.fromkeys(
+    ("attn_q_norm.weight", "attn_k_norm.weight", "post_attention_norm.weight", "post_ffw_norm.weight"), _ONE_MORE
+)
+_GEMMA_KEYS = _SIZES | _RMS | {"final_logit_softcapping": "final_logit_softcapping"}
+_WINDOW = "attention.sliding_window"
+
+
+def _query_scalar(largest: int) -> Computed:
+    """What Gemma scales queries by: a head's size; in the model of that many layers, as if heads filled the width."""
+    return lambda of, _: of.whole("embedding_length") // of.heads.queries if of.layers == largest else of.head_dim
+
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("LlamaForCausalLM", _SIZES | _RMS, present=_BIASES, forms=_PAIRS),
     "arcee": Architecture("ArceeForCausalLM", _SIZES | _RMS, present=_BIASES, forms=_PAIRS),
+    "bloom": Architecture(
+        "BloomForCausalLM",
+        {
+            "hidden_size": "embedding_length", "n_layer": "block_count", "n_head": "attention.head_count",
+            "seq_length": "context_length", "layer_norm_epsilon": _LAYER,
+        },
+        rope=False,
+        forms={"attn_qkv": Form(head_by_head)},
+    ),
     "command-r": Architecture(
         "CohereForCausalLM",
         _SIZES | {"layer_norm_eps": _LAYER, "logit_scale": "logit_scale"},
         present={"attention_bias": _QKV_BIAS, "use_qk_norm": "blk.0.attn_q_norm.weight"},
+    ),
+    "falcon": Architecture(
+        "FalconForCausalLM",
+        {
+            "hidden_size": "embedding_length", "ffn_hidden_size": "feed_forward_length",
+            "num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count",
+            "num_kv_heads": "attention.head_count_kv", "max_position_embeddings": "context_length",
+            "layer_norm_epsilon": _LAYER,
+        },
+        present={"bias": "blk.0.attn_qkv.bias"},
+        computed={
+            "new_decoder_architecture": lambda of, _: of.heads.keys > 1,
+            "num_ln_in_parallel_attn": lambda _, tensors: 2 if "blk.0.attn_norm_2.weight" in tensors else 1,
+        },
+        forms={"attn_qkv": Form(head_by_head)},
+    ),
+    "gemma": Architecture("GemmaForCausalLM", _SIZES | _RMS, forms=_NORMS),
+    "gemma2": Architecture(
+        "Gemma2ForCausalLM",
+        _GEMMA_KEYS | {"attn_logit_softcapping": "attn_logit_softcapping", "sliding_window": _WINDOW},
+        computed={"query_pre_attn_scalar": _query_scalar(46)},
+        forms=_GEMMA_NORMS,
+    ),
+    "gemma3": Architecture(
+        "Gemma3ForCausalLM",
+        _GEMMA_KEYS | {"rope_local_base_freq": "rope.freq_base_swa"},
+        computed={
+            "query_pre_attn_scalar": _query_scalar(62),
+            "sliding_window": lambda of, _: of.whole(_WINDOW) if _WINDOW in of.said else None,
+        },
+        followed=(_WINDOW,),
+        forms=_GEMMA_NORMS,
     ),
     "gpt2": Architecture(
         "GPT2LMHeadModel",
@@ -112,15 +175,39 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         present=_BIASES,
         forms=_PAIRS,
     ),
+    "minicpm": Architecture(
+        "MiniCPMForCausalLM",
+        _SIZES | _RMS,
+        present=_BIASES,
+        computed={
+            "scale_emb": lambda of, _: of.number("embedding_scale", 12.0),
+            "scale_depth": lambda of, _: of.number("residual_scale", 1.4 * of.layers**-0.5) * of.layers**0.5,
+            "dim_model_base": lambda of, _: (
+                of.whole("embedding_length") / of.number("logit_scale", of.whole("embedding_length") / 256)
+            ),
+        },
+        followed=("embedding_scale", "residual_scale", "logit_scale"),
+        forms=_PAIRS,
+    ),
+    "mpt": Architecture(
+        "MptForCausalLM",
+        {
+            "d_model": "embedding_length", "n_layers": "block_count", "n_heads": "attention.head_count",
+            "max_seq_len": "context_length", "layer_norm_epsilon": _LAYER,
+        },
+        computed={"attn_config": lambda of, _: {"alibi_bias_max": of.number("attention.max_alibi_bias")}},
+        followed=("attention.max_alibi_bias",),
+        rope=False,
+    ),
     "nemotron": Architecture(
         "NemotronForCausalLM",
         _SIZES | {"norm_eps": _LAYER},
         present=_BIASES,
-        forms=dict.fromkeys(("attn_norm.weight", "ffn_norm.weight", "output_norm.weight"), Form(plus_one=True)),
+        forms=_NORMS,
     ),
     "olmo2": Architecture("Olmo2ForCausalLM", _SIZES | _RMS, present={"attention_bias": _QKV_BIAS}),
     "phi2": Architecture("PhiForCausalLM", _SIZES | {"layer_norm_eps": _LAYER}),
-    "phi3": Architecture("Phi3ForCausalLM", _SIZES | _RMS | {"sliding_window": "attention.sliding_window"}),
+    "phi3": Architecture("Phi3ForCausalLM", _SIZES | _RMS | {"sliding_window": _WINDOW}),
     "qwen2": Architecture("Qwen2ForCausalLM", _SIZES | _RMS),
     "qwen3": Architecture("Qwen3ForCausalLM", _SIZES | _RMS, present={"attention_bias": _QKV_BIAS}),
     "smollm3": Architecture("SmolLM3ForCausalLM", _SIZES | _RMS, present=_BIASES, forms=_PAIRS),

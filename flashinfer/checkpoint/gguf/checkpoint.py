@@ -51,7 +51,7 @@ class GgufCheckpoint:
         self._file.transpose(name for name in inside if form_of(of.architecture, name).transposed)
         inside = {name: info for name, info in self._file.tensors.items() if name not in factors}
         layout = find_layout(self.config, inside)
-        self._stored = stored_tensors(of.name, layout, inside, of.layers, of.heads)
+        self._stored = stored_tensors(of.name, layout, self.config, inside, of.layers, of.heads)
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(name, "f32" if stored.plus_one else inside[stored.name].dtype, stored.shape)
             for name, stored in self._stored.items()

@@ -33,13 +33,14 @@ def model_config(
     of = Description(metadata)
     row = of.architecture
     for key, neutral in NEUTRAL.items():
-        if key in of.said and key not in row.keys.values() and not _is(of.said[key], neutral):
+        if key in of.said and key not in (*row.keys.values(), *row.followed) and not _is(of.said[key], neutral):
             raise of.wrong(key, f"only {neutral} is followed")
     if EMBEDDING not in tensors:
         raise ValueError(f"it has no {EMBEDDING}: it is a vocabulary without a model, or damaged")
     config: dict[str, Any] = {"architectures": [row.hugging_face], **row.values, **_numbers(of)}
     config |= {key: tensor in tensors for key, tensor in row.present.items()}
     config |= {key: tensor not in tensors for key, tensor in row.absent.items()}
+    config |= {key: compute(of, tensors) for key, compute in row.computed.items()}
     config["vocab_size"] = tensors[EMBEDDING].shape[0]
     config["tie_word_embeddings"] = HEAD not in tensors
     config |= _ends(metadata)

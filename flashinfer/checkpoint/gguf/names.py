@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from gguf import MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
@@ -12,6 +13,7 @@ from flashinfer.checkpoint.base import TensorInfo
 from flashinfer.checkpoint.gguf.architectures import ARCHITECTURES, Architecture
 from flashinfer.checkpoint.gguf.forms import Form, Heads, Index
 from flashinfer.layout import Layout
+from flashinfer.layout.resolve import Resolver
 
 Tensors = Mapping[str, TensorInfo]
 
@@ -34,27 +36,31 @@ class Stored:
     plus_one: bool = False
 
 
-def stored_tensors(name: str, layout: Layout, inside: Tensors, layers: int, heads: Heads) -> dict[str, Stored]:
+def stored_tensors(
+    name: str, layout: Layout, config: Mapping[str, Any], inside: Tensors, layers: int, heads: Heads
+) -> dict[str, Stored]:
     """By the names of the layout; a tensor it has no place for keeps its own.
 
     Args:
         name: the architecture.
         layout: that of the architecture.
+        config: what config.json says.
         inside: the file's tensors by GGUF's names, transposed ones already as the layout wants them.
         layers: how many there are.
         heads: of queries and keys.
 
     Raises:
         ValueError: more layers than tensors, or heads that do not divide a tensor's rows.
+        LayoutError: the layout cannot follow the config.
     """
     if not 0 < layers <= len(inside):
         raise ValueError(f"it says {layers} layers for {len(inside)} tensors")
     architecture = ARCHITECTURES[name]
     table = get_tensor_name_map(next(k for k, v in MODEL_ARCH_NAMES.items() if v == name), layers)
     found: dict[str, Stored] = {}
-    for template in _templates(layout):
+    for template in _templates(layout, config):
         for i in range(layers) if "{i}" in template else (0,):
-            theirs = template.replace("{prefix}", layout.prefixes[0]).replace("{i}", str(i))
+            theirs = [template.replace("{prefix}", prefix).replace("{i}", str(i)) for prefix in layout.prefixes]
             found |= _place(theirs, architecture, table, inside, heads)
     placed = {stored.name for stored in found.values()}
     return found | {n: Stored(n, info.shape) for n, info in inside.items() if n not in placed}
@@ -66,11 +72,11 @@ def form_of(architecture: Architecture, name: str) -> Form:
     return architecture.forms.get(f"{stem}.{name.rpartition('.')[2]}") or architecture.forms.get(stem, Form())
 
 
-def _templates(layout: Layout) -> Iterator[str]:
+def _templates(layout: Layout, config: Mapping[str, Any]) -> Iterator[str]:
+    """The names of the tensors that such a model has."""
+    resolver = Resolver(layout, config)
     for pattern in layout.tensors.values():
-        yield pattern.name
-        if pattern.otherwise is not None:
-            yield pattern.otherwise
+        yield from [name for name, when in pattern.candidates if resolver.holds(when)][:1]
 
 
 def _stem(name: str) -> str:
@@ -79,13 +85,18 @@ def _stem(name: str) -> str:
 
 
 def _place(
-    theirs: str, architecture: Architecture, table: TensorNameMap, inside: Tensors, heads: Heads
+    names: Sequence[str], architecture: Architecture, table: TensorNameMap, inside: Tensors, heads: Heads
 ) -> dict[str, Stored]:
-    """Where a tensor of a layout lies, if it does; all of them where `theirs` counts rows of one tensor."""
-    whole = theirs
+    """Where a tensor of a layout lies, if it does; all of them where its name counts rows of one tensor.
+
+    `names`: what the layout calls it, with each of its prefixes; the library knows some without.
+    """
+    theirs = whole = names[0]
     for part, instead in architecture.stacked.items():
-        whole = whole.replace(part, instead)
-    ours = table.get_name(whole, try_suffixes=(".weight", ".bias"))
+        names = [name.replace(part, instead) for name in names]
+        whole = names[0]
+    known = (table.get_name(name, try_suffixes=(".weight", ".bias")) for name in names)
+    ours = next((name for name in known if name is not None), None)
     if ours is None:
         return {}
     if whole != theirs and ours in inside:

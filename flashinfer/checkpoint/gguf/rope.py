@@ -37,7 +37,7 @@ def rope_config(of: Description, factors: Mapping[str, Factors]) -> dict[str, An
         ValueError: something is said that is not followed, or that contradicts something else.
     """
     for key in of.said:
-        if key.startswith("rope.") and key not in _FOLLOWED:
+        if key.startswith("rope.") and key not in _FOLLOWED and key not in of.architecture.keys.values():
             raise of.wrong(key, "which is not followed")
     head_dim, key = of.head_dim, "rope.dimension_count"
     turned = of.whole(key, head_dim)
