@@ -96,7 +96,7 @@ def under_adapter(m: Manifest, asked: str, decides: bool) -> Choice:
             f"the {name} predictor belongs to a store without an adapter; use exact, or make a store with "
             "`flashinfer pack --merge-adapter` and calibrate that"
         )
-    (found,) = choices(m, None, "exact" if name == "auto" else name, 0.0)
+    (found,) = choices(m, None, "exact" if name == "auto" else asked, 0.0)
     return Choice("all") if found.kind == "certified" and decides else found
 
 
