@@ -34,7 +34,7 @@ SCHEMES = {
 DOWN = tuple(f"layers.*.ffn.down.weight={codec}" for codec in ("int4g64", "int4g64z", "int4g64iz", "nf4", "int8"))
 RECIPES = {
     "GPTQ, group 64, symmetric": DOWN,
-    "GPTQ, group 64, act-order": ("attn=int4g32z,ffn=int4g32z", "attn=int8,ffn=int8"),
+    "GPTQ, group 64, act-order": ("attn=int4g32iz,ffn=int4g32iz", "attn=int8,ffn=int8"),
     "AWQ, group 64": DOWN,
 }
 """What they are packed as, too, with `--quant`."""

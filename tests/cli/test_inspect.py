@@ -75,7 +75,7 @@ def test_what_became_of_codes_for_people(quantised_before, capsys):
         f"{scheme}rounded again, to f16: 1 layers.*.attn.q.weight",
         f"{scheme}codes kept as int4g32: 3 layers.*.attn.k.weight, 3 layers.*.attn.v.weight, 3 layers.*.attn.o.weight, "
         "3 layers.*.ffn.gate.weight, 3 layers.*.ffn.up.weight, 2 layers.*.attn.q.weight",
-        f"{scheme}rounded again, to int4g32z: 3 layers.*.ffn.down.weight",
+        f"{scheme}rounded again, to int4g32iz: 3 layers.*.ffn.down.weight",
     ]
 
 
@@ -83,7 +83,7 @@ def test_what_became_of_codes_as_json(quantised_before, capsys):
     assert main(["inspect", str(quantised_before), "--json"]) == 0
     origins = json.loads(capsys.readouterr().out)["origins"]
     assert {(o["kept"], o["codec"], sum(o["matrices"].values())) for o in origins} == {
-        (False, "f16", 1), (True, "int4g32", 17), (False, "int4g32z", 3)
+        (False, "f16", 1), (True, "int4g32", 17), (False, "int4g32iz", 3)
     }  # fmt: skip
     assert {o["scheme"] for o in origins} == {"gptq 4-bit, groups of 32"}
 

@@ -24,8 +24,8 @@ HELD = {
 }  # fmt: skip
 """The codec that holds scales and codes as they are."""
 NEAREST = {
-    "gptq": "int4g32z", "gptq-asymmetric": "int4g64z", "gptq-whole-row": "int4g128z", "gptq-act-order": "int4g32z",
-    "gptq-8": "int8", "gptq-8-asymmetric": "int8", "awq": "int4g64z", "nf4": "nf4", "nf4-nested": "nf4",
+    "gptq": "int4g32iz", "gptq-asymmetric": "int4g64iz", "gptq-whole-row": "int4g128iz", "gptq-act-order": "int4g32iz",
+    "gptq-8": "int8", "gptq-8-asymmetric": "int8", "awq": "int4g64iz", "nf4": "nf4", "nf4-nested": "nf4",
     "nf4-astride": "nf4", "nf4-odd": "nf4", "fp4": "nf4",
 }  # fmt: skip
 

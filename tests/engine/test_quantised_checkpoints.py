@@ -28,10 +28,10 @@ from tests.twin import LLAMA_LAYER, Twin, TwinWeights
 PROMPT = [int(t) for t in np.random.default_rng(3).integers(3, 96, 21)]
 DECODED = [int(t) for t in np.random.default_rng(4).integers(3, 96, 4)]
 SCHEMES = {
-    "gptq": (gptq(32), "int4g32", "int4g32z"),
-    "gptq-asymmetric": (gptq(64, symmetric=False), "int4g64iz", "int4g64z"),
-    "gptq-act-order": (gptq(32, ordered=True), None, "int4g32z"),
-    "awq": (awq(64), "int4g64iz", "int4g64z"),
+    "gptq": (gptq(32), "int4g32", "int4g32iz"),
+    "gptq-asymmetric": (gptq(64, symmetric=False), "int4g64iz", "int4g64iz"),
+    "gptq-act-order": (gptq(32, ordered=True), None, "int4g32iz"),
+    "awq": (awq(64), "int4g64iz", "int4g64iz"),
     "nf4": (bitsandbytes(nested=False), "nf4f32", "nf4"),
     "nf4-nested": (bitsandbytes(nested=True), "nf4", "nf4"),
 }

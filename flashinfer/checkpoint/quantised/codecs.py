@@ -23,12 +23,13 @@ def holding_integers(bits: int, group: int, symmetric: bool) -> str | None:
 
 
 def nearest_integers(bits: int, group: int) -> str:
-    """The codec that values of such integers are rounded to where their codes are not kept: as many bits, groups of
-    the same size as near as there are, and a zero-point, with which four bits lose half as much."""
+    """The codec that values of such integers are rounded to where their codes are not kept: as many bits, groups as
+    near in size as there are, and of those of four bits the one that was measured to lose least
+    (`docs/quantization.md`)."""
     if bits == 8:
         return "int8"
     fitting = [g for g in GROUPS if g <= group]
-    return f"int4g{max(fitting, default=min(GROUPS))}z"
+    return f"int4g{max(fitting, default=min(GROUPS))}iz"
 
 
 NEAREST_FLOATS = "nf4"
