@@ -68,7 +68,7 @@ def pack(
         checkpoint: a Hugging Face directory with safetensors or PyTorch files, or a GGUF file (`docs/checkpoints.md`).
         store: the directory to make; its parent must exist.
         quant: codecs of the matrices, as `recipe.parse_recipe` has it (`f16`, `nf4`, `ffn=nf4,attn=int8`); None keeps
-            each tensor's own type.
+            each tensor's own type, or the codes of one that comes quantised (`docs/checkpoints.md`).
         allow_nonfinite: pack NaN and infinity as they are; matrices of codes cannot hold them.
         layout: a layout file (or a read one); None finds it by the architecture.
         delta: a checkpoint of differences that are added to it.
