@@ -333,10 +333,11 @@ def test_prepared_activations_stay_within_the_footprint(codec: str | Codec) -> N
 
 
 def test_bad_codecs_are_refused() -> None:
-    good: tuple[Any, ...] = (4, 64, TABLE.tolist(), 0, 1.0, False, [0.0] * 256, [])
+    good: tuple[Any, ...] = (4, 64, TABLE.tolist(), 0, 1.0, 0, [0.0] * 256, [])
     assert not kernels.Codec.codes(*good).integers
     for match, at, value in [("table", 0, 8), ("group", 1, 48), ("group", 1, 16), ("table", 2, [0.0] * 17),
-                             ("scale", 3, 4), ("map", 6, [0.0]), ("outliers", 7, [1])]:  # fmt: skip
+                             ("scale", 3, 4), ("no such type of zero-point", 5, 3), ("of four-bit integers", 5, 2),
+                             ("map", 6, [0.0]), ("outliers", 7, [1])]:  # fmt: skip
         with pytest.raises(ValueError, match=match):
             kernels.Codec.codes(*good[:at], value, *good[at + 1 :])
     with pytest.raises(ValueError, match="codec"):
