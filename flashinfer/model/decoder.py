@@ -205,7 +205,7 @@ class Decoder:
             if guess.gate is None:
                 backend.decide(gate, x, some, group.memory, group.offsets, bundle)
                 self._limit(gate, guess, rows)
-            feed.take(backend.fire(gate, f.activation, some, f.threshold), some, group)
+            feed.take(backend.fire(gate, f.activation, some, f.fires_above), some, group)
         if self.observer is not None:
             self.observer.seen(layer, self._seen(x, gate, guess, rows))
         out, bias = feed.result(), self.weights.vector(f"layers.{layer}.ffn.down.bias")
@@ -229,6 +229,6 @@ class Decoder:
     def _seen(self, x: Buffer, gate: Buffer, guess: Guess, rows: Rows) -> Seen:
         inputs, products = (self.backend.products(y, rows.skip, rows.count) for y in (x, gate))
         if self.facts.sparse:
-            return Seen(inputs, products, products > np.float32(self.facts.threshold), guess.needed)
+            return Seen(inputs, products, products > np.float32(self.facts.fires_above), guess.needed)
         active = np.ones(products.shape, dtype=bool) if guess.needed is None else guess.needed
         return Seen(inputs, products, active, guess.needed)

@@ -68,7 +68,7 @@ class Mixture:
                 some = _numbered(tiles[part.first : part.last])
                 gate = backend.zeros(rows.total, len(some) * TILE_ROWS)
                 backend.decide(gate, x, some, part.memory, part.offsets, bundle)
-                fired = backend.fire(gate, self._facts.activation, some)
+                fired = backend.fire(gate, self._facts.activation, some, self._facts.fires_above)
                 backend.weigh(fired, every[owners[part.first : part.last]])
                 backend.ffn(out, x, fired, part.memory, part.offsets, bundle)
         return out

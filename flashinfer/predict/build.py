@@ -18,7 +18,7 @@ def build_predictor(choice: Choice, facts: Facts, separate: Sequence[bool], matr
     layers = range(facts.num_layers)
     decisions = [f"layers.{i}.ffn.{facts.decision}" for i in layers]
     if choice.kind == "certified":
-        return Certified(matrices, [f"layers.{i}.ffn.sketch" for i in layers], facts.threshold)
+        return Certified(matrices, [f"layers.{i}.ffn.sketch" for i in layers], facts.fires_above)
     if choice.kind == "low-rank":
         assert choice.level is not None
         return LowRank(matrices, [f"layers.{i}.ffn.lowrank" for i in layers], choice.level.adjust)
@@ -28,5 +28,5 @@ def build_predictor(choice: Choice, facts: Facts, separate: Sequence[bool], matr
         scaled = [t * s for t, s in zip(found, choice.level.adjust, strict=True) if t is not None]
         return Threshold(matrices, decisions, [bounds(facts.activation, t) for t in scaled])
     if choice.kind == "exact" and facts.sparse:
-        return Exact(matrices, decisions, facts.threshold)
+        return Exact(matrices, decisions, facts.fires_above)
     return Everything(matrices, [role if apart else None for role, apart in zip(decisions, separate, strict=True)])

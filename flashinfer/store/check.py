@@ -85,8 +85,8 @@ def check_facts(f: Facts, need: Need) -> None:
         need(cap is None or 0 < cap < math.inf, f"fact {name} is {cap}, a positive number was expected")
     need(0 <= f.alibi < math.inf and not (f.alibi and f.rope), f"alibi {f.alibi}, or with rotary positions")
     need(f.alibi > 0 or not f.alibi_scaled, "alibi_scaled without alibi")
-    thresholds = 0 <= f.threshold < math.inf if f.activation in ("fatrelu", "shifted_relu") else f.threshold == 0
-    need(thresholds, f"a threshold of {f.threshold} for {f.activation}")
+    possible = 0 <= f.fires_above < math.inf if f.activation in ("fatrelu", "shifted_relu") else f.fires_above == 0
+    need(possible, f"a threshold of {f.fires_above} for {f.activation}")
     need(f.gated or not f.rectifies_up, f"{f.activation} in a plain feed-forward layer")
     _check_windows(f, need)
     for rope in (f.rope, f.local_rope):

@@ -9,12 +9,12 @@ import msgspec
 Activation = Literal[
     "relu", "relu2", "silu", "gelu", "gelu_tanh", "gelu_quick", "fatrelu", "shifted_relu", "drelu"
 ]  # fmt: skip
-"""Of the decision product x, with `Facts.threshold` t: `fatrelu` is x where x > t, else 0 (ProSparse, arXiv 2402.13516,
+"""Of the decision product x, with `Facts.fires_above` t: `fatrelu` is x where x > t, else 0 (ProSparse, arXiv 2402.13516,
 section 3.3); `shifted_relu` is relu(x - t) (arXiv 2310.04564, section 5.3); `drelu` is relu of gate and of up
 (TurboSparse, arXiv 2406.05955, section 3.2); `gelu_tanh` and `gelu_quick` are what transformers calls them, too."""
 
 SPARSE_ACTIVATIONS: frozenset[str] = frozenset({"relu", "relu2", "fatrelu", "shifted_relu", "drelu"})
-"""Activations that are exactly zero where the decision product does not exceed the threshold."""
+"""Activations that are exactly zero where the decision product does not exceed `Facts.fires_above`."""
 
 
 class Rope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -99,7 +99,7 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     to products before those are scaled (Falcon).
     `sinks`: each head has a score that counts in the softmax and no value.
     `embed_norm`: what comes into the first layer is normed (BLOOM).
-    `threshold`: of a sparse activation: a neuron fires where its decision product exceeds it.
+    `fires_above`: a neuron with a sparse activation fires where its decision product exceeds it.
     `experts`: of a mixture of experts; `intermediate_size` is then that of its dense layers.
     """
 
@@ -134,7 +134,7 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     local_rope: Rope | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
-    threshold: float = 0.0
+    fires_above: float = 0.0
     alibi: float = 0.0
     alibi_scaled: bool = False
     embed_norm: bool = False
@@ -187,7 +187,7 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 LATER_FACTS: frozenset[str] = frozenset({
     "parallel", "qk_norm", "embed_scale", "residual_scale", "logit_scale", "attention_scale", "window",
-    "global_layers", "local_rope", "attention_softcap", "logit_softcap", "threshold",
+    "global_layers", "local_rope", "attention_softcap", "logit_softcap", "fires_above",
     "alibi", "alibi_scaled", "embed_norm", "sinks", "experts",
     "attention_factor", "beta_fast", "beta_slow", "truncate", "short_factor", "long_factor", "skipped",
 })  # fmt: skip

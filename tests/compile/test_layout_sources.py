@@ -123,7 +123,7 @@ class TestProducts:
             with pytest.raises(LayoutError, match=r"a threshold of 0\.25 for relu"):
                 facts("llama", config)
         else:
-            assert facts("llama", config).threshold == found
+            assert facts("llama", config).fires_above == found
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ FACTS = {
     "falcon-7b": {"num_kv_heads": 1, "parallel": True, "sparse": True},
     "falcon-40b": {"num_kv_heads": 2, "parallel": True, "alibi": 0.0},
     "falcon-rw": {"num_kv_heads": 4, "parallel": False, "alibi": 8.0, "alibi_scaled": True, "rope": None},
-    "minicpm": {"embed_scale": 12.0, "residual_scale": 1.4 * 3**-0.5, "logit_scale": 16 / 40, "threshold": FAT},
+    "minicpm": {"embed_scale": 12.0, "residual_scale": 1.4 * 3**-0.5, "logit_scale": 16 / 40, "fires_above": FAT},
     "bamboo": {"activation": "drelu", "window": 24, "sparse": True},
     "qwen3": {"qk_norm": "head"},
     "olmo2": {"qk_norm": "width", "norm_position": "output"},
@@ -124,7 +124,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "mpt": {"alibi": 4.0},
     "bloom": {"embed_norm": False},
     "falcon-rw": {"alibi_scaled": False},
-    "llama-fatrelu": {"threshold": 0.0},
+    "llama-fatrelu": {"fires_above": 0.0},
     "bamboo": {"window": None},
 }
 

@@ -24,7 +24,7 @@ EXPERTS = Experts(8, 2, 21, shared_size=5, shared_gate=True, groups=4, top_group
 CHANGES: dict[str, Any] = {
     "parallel": True, "qk_norm": "heads", "embed_scale": 12.0, "residual_scale": 0.22, "logit_scale": 0.5,
     "attention_scale": 0.1, "window": 64, "global_layers": (1,), "local_rope": Rope(theta=100.0, rotary_dim=4),
-    "attention_softcap": 50.0, "logit_softcap": 30.0, "threshold": 0.01, "alibi": 8.0, "alibi_scaled": True,
+    "attention_softcap": 50.0, "logit_softcap": 30.0, "fires_above": 0.01, "alibi": 8.0, "alibi_scaled": True,
     "embed_norm": True, "sinks": True, "experts": EXPERTS,
 }  # fmt: skip
 ROPE_CHANGES: dict[str, Any] = {
@@ -69,9 +69,9 @@ def test_what_is_written_is_read(changed: set[str], turned: set[str]) -> None:
         ({"window": 8, "global_layers": (2,)}, "a global layer that is not there"),
         ({"local_rope": ROPE}, "local rope without a window"),
         ({"window": 8, "local_rope": Rope(theta=1.0, rotary_dim=3)}, "rotary_dim 3"),
-        ({"threshold": 0.5}, "a threshold of 0.5 for relu"),
-        ({"threshold": -0.5, "activation": "fatrelu"}, "a threshold of -0.5 for fatrelu"),
-        ({"threshold": float("nan"), "activation": "shifted_relu"}, "a threshold of nan"),
+        ({"fires_above": 0.5}, "a threshold of 0.5 for relu"),
+        ({"fires_above": -0.5, "activation": "fatrelu"}, "a threshold of -0.5 for fatrelu"),
+        ({"fires_above": float("nan"), "activation": "shifted_relu"}, "a threshold of nan"),
         ({"activation": "drelu", "gated": False}, "drelu in a plain"),
         ({"alibi": 8.0}, "alibi 8.0, or with rotary"),
         ({"alibi_scaled": True}, "alibi_scaled without alibi"),

@@ -56,7 +56,7 @@ def test_who_fires_is_who_contributes(store: Path) -> None:
             shares.append(step.active.mean())
 
     with Model.open(store.parent / "plain", context=64, run=RunConfig(predictor="exact")) as model:
-        threshold = np.float32(model.facts.threshold)
+        threshold = np.float32(model.facts.fires_above)
         model.observe(Watching())
         model.logits(model.session(), PROMPT)
     assert len(shares) == 2
