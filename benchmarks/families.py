@@ -33,8 +33,8 @@ least memory it can run in. The difference is the largest of all logits of a pro
 token, from transformers' own; `scale` is the standard deviation of those logits. What the activation is depends on the
 checkpoint: families are listed with that of the case. Some sizes differ (FFN 160 in mpt and bloom, which fix it). Four
 cases are of models that transformers does not have (llama with fatrelu and shifted_relu, minicpm, bamboo): their
-checkpoint is that of a llama or mistral with another config.json, and they are compared with that llama or mistral, into
-which their scales and activation were put by hand. gemma3-with-pictures is the text model of one that also sees.
+checkpoint is that of a llama or mistral with another config.json, and they are compared with that llama or mistral,
+into which their scales and activation were put by hand. gemma3-with-pictures is the text model of one that also sees.
 
 What streams at the floor: of a sparse model the neurons that fire, of a dense one all neurons; in both all matrices of
 attention and head, and of a sparse model the one that decides who fires. Of a mixture of experts the neurons of those
