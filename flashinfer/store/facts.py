@@ -10,8 +10,8 @@ Activation = Literal[
     "relu", "relu2", "silu", "gelu", "gelu_tanh", "gelu_quick", "fatrelu", "shifted_relu", "drelu"
 ]  # fmt: skip
 """Of the decision product x, with `Facts.fires_above` t: `fatrelu` is x where x > t, else 0 (ProSparse, arXiv
-2402.13516, section 3.3); `shifted_relu` is relu(x - t) (arXiv 2310.04564, section 5.3); `drelu` is relu of gate and of up
-(TurboSparse, arXiv 2406.05955, section 3.2); `gelu_tanh` and `gelu_quick` are what transformers calls them, too."""
+2402.13516, section 3.3); `shifted_relu` is relu(x - t) (arXiv 2310.04564, section 5.3); `drelu` is relu of gate and of
+up (TurboSparse, arXiv 2406.05955, section 3.2); `gelu_tanh` and `gelu_quick` are what transformers calls them, too."""
 
 SPARSE_ACTIVATIONS: frozenset[str] = frozenset({"relu", "relu2", "fatrelu", "shifted_relu", "drelu"})
 """Activations that are exactly zero where the decision product does not exceed `Facts.fires_above`."""
