@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,13 +27,7 @@ class Resolver:
     """The values one config.json gives to the facts and conditions of a layout."""
 
     def __init__(self, layout: Layout, config: Config) -> None:
-        inside = config.get(layout.table) if layout.table is not None else None
-        if isinstance(inside, Mapping):
-            config = {
-                **config,
-                **{key: value for key, value in inside.items() if value is not None or key not in config},
-            }
-        self.layout, self.config = layout, config
+        self.layout, self.config = layout, _with_table(config, layout.table)
         self._values: dict[str, Any] = {}
         self._pending: set[str] = set()
 
@@ -176,18 +171,28 @@ class Resolver:
         """What a source makes of the number it found."""
         if source.power is None and source.times is None and not source.rounded:
             return value
-        if type(value) not in (int, float) or (source.power is not None and value <= 0):
-            raise self.unfit(f"{name} is computed from {value!r}, a positive number was expected")
-        result = float(value) ** (1.0 if source.power is None else source.power)
-        if source.times is not None:
-            result *= float(self.find(source.times, name))
-        return self._rounded(result) if source.rounded else result
+        factor = 1.0 if source.times is None else self.find(source.times, name)
+        try:
+            if any(type(number) not in (int, float) for number in (value, factor)):
+                raise TypeError
+            result = float(value) if source.power is None else math.pow(value, source.power)
+            return self._rounded(result * factor) if source.rounded else result * factor
+        except (TypeError, ValueError, OverflowError) as e:
+            raise self.unfit(f"{name} is computed from {str(value)[:40]}, a positive number was expected") from e
 
     def _rounded(self, value: float) -> float:
         """To nearest, in the type of the weights; float32 where config.json does not say."""
         dtype = str(self.config.get("dtype") or self.config.get("torch_dtype")).removeprefix("torch.")
         codec = codec_named({"float16": "f16", "bfloat16": "bf16"}.get(dtype, "f32"))
         return float(codec.decode(codec.encode(np.array([[value]], dtype=np.float32)), 1)[0, 0])
+
+
+def _with_table(config: Config, name: str | None) -> Config:
+    """The config with what one of its tables says in place of what is said beside it."""
+    table = None if name is None else config.get(name)
+    if not isinstance(table, Mapping):
+        return config
+    return {**config, **{key: value for key, value in table.items() if value is not None or key not in config}}
 
 
 def _as_source(condition: Condition) -> Source:

@@ -11,6 +11,7 @@ from flashinfer.cli import main
 from flashinfer.pack import pack
 from flashinfer.store import Store, open_store
 from tests.checkpoints import make_llama
+from tests.families import make
 from tests.plain_checkpoint import OPT, write_checkpoint
 from tests.quantised_checkpoints import gptq, quantised
 from tests.store.predicted import add_predictors, calibration_for
@@ -107,3 +108,25 @@ def test_a_damaged_calibration_is_one_line(bundled, capsys):
     assert out == ""
     assert err.count("\n") == 1
     assert f"{path.name} does not match its checksum" in err
+
+
+@pytest.mark.parametrize(
+    ("case", "context"),
+    [
+        ("mistral-window", "96 tokens, rotary positions, attention window 24"),
+        ("gemma2", "96 tokens, rotary positions, attention window 24 in 2 of 3 layers"),
+        ("bloom", "2048 tokens, ALiBi positions"),
+        ("gpt2", "96 tokens, learned positions"),
+    ],
+)
+def test_how_far_attention_looks(case, context, tmp_path, capsys):
+    pack(make(case, tmp_path / "checkpoint"), tmp_path / "store")
+    assert main(["inspect", str(tmp_path / "store")]) == 0
+    assert f"{context}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("case", "said"), [("bamboo", "drelu, gated (sparse"), ("gemma", "gelu_tanh, gated (dense")])
+def test_what_is_sparse(case, said, tmp_path, capsys):
+    pack(make(case, tmp_path / "checkpoint"), tmp_path / "store")
+    assert main(["inspect", str(tmp_path / "store")]) == 0
+    assert said in capsys.readouterr().out
