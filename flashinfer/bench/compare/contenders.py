@@ -94,7 +94,8 @@ OTHERS = (
 """The native rung with other predictors."""
 
 PEERS = (
-    Peer(LLAMA, "llama-cpp-python, a mapped GGUF file", "run_llama", ("llama_cpp",), "gguf"),
+    Peer(LLAMA, "llama-cpp-python, a mapped GGUF file (not repacked where it exceeds the cap)", "run_llama",
+         ("llama_cpp",), "gguf"),
     Peer(IN_RAM, "the same without a cap, its file in the page cache", "run_llama", ("llama_cpp",), "gguf", False),
     Peer("accelerate", "transformers with accelerate's disk offload", "run_accelerate",
          ("accelerate", "transformers", "torch"), "checkpoint"),
