@@ -180,6 +180,8 @@ CASES: dict[str, Case] = {
     "olmoe": _case("olmoe", num_experts=6, num_experts_per_tok=3),
     "granitemoe": _case("granitemoe", num_local_experts=6, num_experts_per_tok=2, embedding_multiplier=12.0,
                         logits_scaling=7.0, residual_multiplier=0.22, attention_multiplier=0.15),
+    "gpt_oss": _case("gpt_oss", num_local_experts=6, num_experts_per_tok=2, head_dim=12, sliding_window=24,
+                     **_rope("yarn", factor=4.0, original_max_position_embeddings=24, truncate=False)),
 }  # fmt: skip
 
 

@@ -141,7 +141,7 @@ class TwinWeights:
             at += rows.shape[1]
         memory = np.concatenate([np.concatenate(raw, axis=1).reshape(-1), np.zeros(at, dtype=np.uint8)])
         others = (parts.get(name) for name in ("up", "up_bias", "decision", "decision_bias"))
-        return Bundle(at, parts["down"], *others, self._facts.rectifies_up), memory
+        return Bundle(at, parts["down"], *others, self._facts.up_activation), memory
 
     def bundle(self, layer: int) -> Bundle:
         return self._bundles[layer][0]

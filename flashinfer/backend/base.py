@@ -20,7 +20,7 @@ import numpy.typing as npt
 from flashinfer.backend.footprint import Footprint
 from flashinfer.config import KvType
 from flashinfer.quant import Codec
-from flashinfer.store.facts import Activation
+from flashinfer.store.facts import Activation, UpActivation
 
 Buffer = Any
 """Opaque outside its backend."""
@@ -42,8 +42,8 @@ class Part:
 @dataclass(frozen=True)
 class Bundle:
     """What a bundle holds. Plain FFNs have no `up` here: it is their decision matrix. `decision` and its bias are
-    there where the store keeps the decision matrix in its bundles. `rectified`: products with `up` count where they
-    are positive, else as zero."""
+    there where the store keeps the decision matrix in its bundles. `up_activation`: what becomes of products with `up`;
+    None: they count as they are."""
 
     bytes: int
     down: Part
@@ -51,7 +51,7 @@ class Bundle:
     up_bias: Part | None = None
     decision: Part | None = None
     decision_bias: Part | None = None
-    rectified: bool = False
+    up_activation: UpActivation | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +169,9 @@ class Backend(Protocol):
         """`gate[skip + i, ~keep[i]] = 0` for host bool `keep` `[count, neurons]`; other rows stay. Writes `gate`."""
         ...
 
-    def fire(self, gate: Buffer, activation: Activation | None, index: Index, threshold: float = 0.0) -> Buffer:
+    def fire(
+        self, gate: Buffer, activation: Activation | UpActivation | None, index: Index, threshold: float = 0.0
+    ) -> Buffer:
         """Activated decision products in tiles (None: as they are): `index` int64 `[tiles, TILE_NEURONS]`, -1 pads with
         zero. `threshold`: of the activations that have one. Result `[tiles, tokens, TILE_NEURONS]`."""
         ...

@@ -21,14 +21,14 @@ from flashinfer.config import KV_CODECS, TILE_NEURONS, TILE_TOKENS, KvType
 from flashinfer.native._kernels import Codec as NativeCodec
 from flashinfer.native._kernels import Engine
 from flashinfer.quant import Codec, codec_named
-from flashinfer.store.facts import Activation
+from flashinfer.store.facts import Activation, UpActivation
 from flashinfer.store.geometry import round_up
 
 _WORDS: dict[KvType, type[np.generic]] = {"f32": np.float32, "f16": np.uint16, "int8": np.uint8}
 """What the kernels see of a cache."""
-ACTIVATIONS: dict[Activation, int] = {
+ACTIVATIONS: dict[Activation | UpActivation, int] = {
     "relu": 0, "relu2": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4, "gelu_quick": 5, "fatrelu": 6, "shifted_relu": 7,
-    "drelu": 0,
+    "drelu": 0, "swiglu_oai": 8, "clamped": 9,
 }  # fmt: skip
 
 
@@ -170,7 +170,9 @@ class NativeBackend:
         parts = (*_place(bundle.decision), *_place(bundle.decision_bias))
         self._engine.decide(gate, x, index, memory, offsets, bundle.bytes, *parts)
 
-    def fire(self, gate: Floats, activation: Activation | None, index: Index, threshold: float = 0.0) -> Floats:
+    def fire(
+        self, gate: Floats, activation: Activation | UpActivation | None, index: Index, threshold: float = 0.0
+    ) -> Floats:
         if activation is None:
             picked = gate[:, np.maximum(index, 0)]
             picked[:, index < 0] = 0.0
@@ -189,7 +191,8 @@ class NativeBackend:
 
     def ffn(self, acc: Floats, x: Floats, fired: Floats, memory: Bytes, offsets: Index, bundle: Bundle) -> None:
         parts = (*_place(bundle.up), *_place(bundle.up_bias), *_place(bundle.down))
-        self._engine.ffn(acc, x, fired, memory, offsets, bundle.bytes, *parts, bundle.rectified)
+        of_up = -1 if bundle.up_activation is None else ACTIVATIONS[bundle.up_activation]
+        self._engine.ffn(acc, x, fired, memory, offsets, bundle.bytes, *parts, of_up)
 
 
 def _place(part: Part | None) -> tuple[NativeCodec | None, int]:

@@ -25,7 +25,7 @@ from flashinfer.backend.torch_weights import Matrix, row_bytes, unpack
 from flashinfer.config import KV_CODECS, TILE_KEYS, TILE_NEURONS, TILE_ROWS, TILE_TOKENS, KvType
 from flashinfer.errors import DeviceError
 from flashinfer.quant import Codec
-from flashinfer.store.facts import Activation
+from flashinfer.store.facts import Activation, UpActivation
 
 PARALLEL_WORK = 1 << 19
 """Multiply-adds below which starting a second thread costs more than it saves."""
@@ -227,7 +227,9 @@ class TorchBackend:
         drop = torch.from_numpy(~keep).to(self._device)
         gate[skip : skip + len(keep)].masked_fill_(drop, 0.0)
 
-    def fire(self, gate: Tensor, activation: Activation | None, index: Index, threshold: float = 0.0) -> Tensor:
+    def fire(
+        self, gate: Tensor, activation: Activation | UpActivation | None, index: Index, threshold: float = 0.0
+    ) -> Tensor:
         at = torch.from_numpy(index).to(self._device)
         picked = gate[:, at.clamp(min=0)].permute(1, 0, 2).contiguous()
         active = picked if activation is None else activated(picked, activation, threshold)
@@ -275,7 +277,7 @@ class TorchBackend:
             if up is not None:
                 u = torch.mm(x[t : t + step], up.t())
                 u = u if bias is None else u + bias
-                h = h * (torch.relu(u) if bundle.rectified else u)
+                h = h * (u if bundle.up_activation is None else activated(u, bundle.up_activation))
             out.append(torch.mm(h, down))
         return out[0] if len(out) == 1 else torch.cat(out)
 

@@ -13,11 +13,14 @@ from flashinfer.backend.base import Scoring
 from flashinfer.backend.torch_weights import DTYPES, unpack
 from flashinfer.config import TILE_KEYS, TILE_TOKENS
 from flashinfer.quant import codec_named
-from flashinfer.store.facts import Activation
+from flashinfer.store.facts import Activation, UpActivation
+
+SWIGLU_LIMIT = 7.0
+"""Beyond it gate and up of `swiglu_oai` are cut off."""
 
 
-def activated(x: Tensor, kind: Activation, threshold: float) -> Tensor:
-    """Decision products as activations, `facts.Activation` says which."""
+def activated(x: Tensor, kind: Activation | UpActivation, threshold: float = 0.0) -> Tensor:
+    """Products as activations, `facts.Activation` and `facts.UpActivation` say which."""
     match kind:
         case "relu" | "drelu":
             return torch.relu(x)
@@ -31,6 +34,10 @@ def activated(x: Tensor, kind: Activation, threshold: float) -> Tensor:
             return F.silu(x)
         case "gelu_quick":
             return x * torch.sigmoid(1.702 * x)
+        case "swiglu_oai":
+            return activated(x.clamp(max=SWIGLU_LIMIT), "gelu_quick")
+        case "clamped":
+            return x.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT) + 1.0
         case _:
             return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
 

@@ -39,7 +39,9 @@ def joined_roles(resolver: Resolver, facts: Facts, tensors: Checked) -> dict[str
     for role, pattern in source.neurons.items():
         for i in (i for i in range(facts.num_layers) if facts.routed(i) is not None):
             name = role.replace("{i}", str(i))
-            found[name] = _joined(resolver, experts, name, _Names(pattern, tensors.prefix, i), tensors)
+            places = [_Names(each, tensors.prefix, i) for each in pattern.candidates]
+            there = next((names for names in places if names.fill(names.pattern.name) in tensors.shapes), places[0])
+            found[name] = _joined(resolver, experts, name, there, tensors)
     return found
 
 
@@ -59,28 +61,30 @@ class _Names:
 
 def _joined(resolver: Resolver, experts: Experts, role: str, names: _Names, tensors: Checked) -> Joined:
     p, columns = names.pattern, role.endswith("down.weight")
-    rows, cols = (resolver.size(text) for text in p.shape)
+    one = tuple(resolver.size(text) for text in p.shape)
     of = tuple(resolver.size(text) for text in p.of or p.shape)
-    stacked = "{e}" not in p.name
+    stacked, (rows, *more) = "{e}" not in p.name, one
     start, stop = (resolver.size(text) for text in p.rows or ("0", str(of[1 if p.transposed else 0])))
-    if len(range(start, stop, p.every)) != rows or (rows, cols)[columns] != experts.size:
+    if len(range(start, stop, p.every)) != rows or one[columns] != experts.size:
         raise LayoutError(f"layout {resolver.layout.family} takes {stop - start} rows for {role}; see docs/layouts.md")
     if not stacked and experts.count > len(tensors.shapes):
         raise tensors.unfit(f"config.json says {experts.count} experts for {len(tensors.shapes)} tensors")
     wanted = (experts.count, *of) if stacked else of
     for e in (0,) if stacked else range(experts.count):
         _check(names.fill(p.name, e), wanted, role, tensors)
+    # a vector is a row of its tensor, whose values are rows once it is turned over
+    height, turned = (1, True) if len(of) == 1 else (of[0], p.transposed)
     blocks = [
-        Block(names.fill(p.name, e), e * of[0] if stacked else 0, of[0], rows, p.transposed, start, p.every)
+        Block(names.fill(p.name, e), e * height if stacked else 0, height, rows, turned, start, p.every)
         for e in range(experts.count)
     ]
     sizes = [experts.size] * experts.count
     if experts.shared_size and p.shared is not None:
-        shape = (rows, experts.shared_size) if columns else (experts.shared_size, cols)
+        shape = (rows, experts.shared_size) if columns else (experts.shared_size, *more)
         _check(names.fill(p.shared), shape, role, tensors)
-        blocks.append(Block(names.fill(p.shared), 0, shape[0], shape[0]))
+        blocks.append(Block(names.fill(p.shared), 0, height if len(of) == 1 else shape[0], shape[0], len(of) == 1))
         sizes.append(experts.shared_size)
-    return Joined(tuple(blocks), tuple(sizes), (rows, sum(sizes)) if columns else (sum(sizes), cols), columns)
+    return Joined(tuple(blocks), tuple(sizes), (rows, sum(sizes)) if columns else (sum(sizes), *more), columns)
 
 
 def _check(name: str, wanted: tuple[int, ...], role: str, tensors: Checked) -> None:

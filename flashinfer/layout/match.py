@@ -224,7 +224,8 @@ def _names(layout: Layout) -> list[str]:
     names = [p.name for p in layout.tensors.values()]
     if (experts := layout.experts) is not None:
         names += [p.name for p in experts.tensors.values()]
-        names += [name for p in experts.neurons.values() for name in (p.name, p.shared) if name is not None]
+        patterns = [each for p in experts.neurons.values() for each in p.candidates]
+        names += [name for p in patterns for name in (p.name, p.shared) if name is not None]
     return names
 
 

@@ -153,18 +153,24 @@ class ExpertPattern(_Strict, frozen=True):
     """What a role of a layer of experts is made of: a tensor for each (`{e}` in the name counts them), or one for all,
     whose first axis they are.
 
-    `shape` is what one expert gives. The rest says how, of a tensor of the shape `of` for each: a `transposed` one is
-    `[in, out]`; `rows` (start, stop), and of these each `every`-th one. `shared` is the tensor of the shared experts,
-    where there are any.
+    `shape` is what one expert gives, a matrix or a vector. The rest says how, of a tensor of the shape `of` for each: a
+    `transposed` one is `[in, out]`; `rows` (start, stop), and of these each `every`-th one. `shared` is the tensor of
+    the shared experts, where there are any. `otherwise` is what counts where there is no tensor of that name.
     """
 
     name: str
-    shape: tuple[str, str]
-    of: tuple[str, str] | None = None
+    shape: tuple[str, ...]
+    of: tuple[str, ...] | None = None
     transposed: bool = False
     rows: tuple[str, str] | None = None
     every: int = 1
     shared: str | None = None
+    otherwise: ExpertPattern | None = None
+
+    @property
+    def candidates(self) -> tuple[ExpertPattern, ...]:
+        """This, and what counts in its place: the first whose tensors are there does."""
+        return (self, *(() if self.otherwise is None else self.otherwise.candidates))
 
 
 class ExpertLayers(_Strict, frozen=True):
@@ -292,9 +298,16 @@ def _check_experts(experts: ExpertsSource, need: Callable[[bool, str], None]) ->
     missing = _REQUIRED_EXPERT_FACTS - facts
     need(not missing, f"missing fact of experts {', '.join(sorted(missing))}")
     need(all("{i}" in role for role in (*experts.tensors, *experts.neurons)), "a role of experts is one of a layer")
-    for role, p in experts.neurons.items():
+    for role, p in _expert_patterns(experts):
         need("{i}" in p.name and (p.shared is None or "{i}" in p.shared), f"tensor {role}: its names lack {{i}}")
         need(p.every > 0, f"tensor {role} takes every {p.every}-th row")
+        sides = 1 if role.endswith(".bias") else 2
+        need(all(len(s) == sides for s in (p.shape, p.of or p.shape)), f"tensor {role} has other than {sides} sides")
+        need(sides == 2 or not p.transposed, f"tensor {role}: a vector cannot be transposed")
+
+
+def _expert_patterns(experts: ExpertsSource) -> list[tuple[str, ExpertPattern]]:
+    return [(role, each) for role, p in experts.neurons.items() for each in p.candidates]
 
 
 def _check_tensor(layout: Layout, role: str, pattern: TensorPattern, need: Callable[[bool, str], None]) -> None:
@@ -324,7 +337,7 @@ def _expressions(layout: Layout, where: str) -> list[tuple[str, Expression]]:
         texts += [*p.shape, *(p.of or ()), *(p.rows or ()), p.groups, *([] if p.each is None else [p.each])]
     if layout.experts is not None:
         texts += [s.expr for s in layout.experts.facts.values() if isinstance(s, Source) and s.expr is not None]
-        for e in layout.experts.neurons.values():
+        for _, e in _expert_patterns(layout.experts):
             texts += [*e.shape, *(e.of or ()), *(e.rows or ())]
     if layout.rope is not None and (turned := layout.rope.rotary_dim):
         texts += [turned] if isinstance(turned, str) else [turned.expr] if turned.expr else []

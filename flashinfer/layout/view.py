@@ -60,14 +60,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Joined:
-    """A matrix of `shape` whose neurons are those of `blocks`, one block's after the other's; `sizes` are theirs.
+    """A tensor of `shape` whose neurons are those of `blocks`, one block's after the other's; `sizes` are theirs.
 
-    `columns`: neurons are its columns, not its rows.
+    `columns`: neurons are its columns, not its rows. Of a vector each is a value, and blocks have one column.
     """
 
     blocks: tuple[Block, ...]
     sizes: tuple[int, ...]
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     columns: bool
 
     @property

@@ -16,7 +16,6 @@ import numpy.typing as npt
 from flashinfer.adapter import Change, Factor
 from flashinfer.backend import Backend, Buffer, Bundle, Part
 from flashinfer.model.weights import Group
-from flashinfer.store import Activation
 
 Index = npt.NDArray[np.int64]
 
@@ -70,8 +69,7 @@ class AdaptedFeed:
     def __init__(self, adapter: Adapter, bundle: Bundle, x: Buffer, up: Buffer | None, down: _Placed | None) -> None:
         self._adapter, self._backend, self._x, self._up, self._down = adapter, adapter.backend, x, up, down
         self._ups = replace(bundle, decision=bundle.up, decision_bias=bundle.up_bias)
-        self._downs = replace(bundle, up=None, up_bias=None, rectified=False)
-        self._of_up: Activation | None = "relu" if bundle.rectified else None
+        self._downs = replace(bundle, up=None, up_bias=None, up_activation=None)
         self._out = self._backend.zeros(len(x), bundle.down.elements)
         self._sums = None if down is None else self._backend.zeros(len(x), down.rank)
 
@@ -80,7 +78,7 @@ class AdaptedFeed:
         backend, h = self._backend, fired
         if self._up is not None:
             backend.decide(self._up, self._x, index, group.memory, group.offsets, self._ups)
-            h = backend.multiply(fired, backend.fire(self._up, self._of_up, index))
+            h = backend.multiply(fired, backend.fire(self._up, self._ups.up_activation, index))
         backend.ffn(self._out, self._x, h, group.memory, group.offsets, self._downs)
         if self._down is not None:  # A h: rows of A are bundles, too
             a: Factor = self._down.a

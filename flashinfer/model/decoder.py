@@ -19,7 +19,7 @@ from flashinfer.model.observe import Observer, Seen
 from flashinfer.model.rows import Rows
 from flashinfer.model.scoring import scoring_of
 from flashinfer.model.weights import Weights, decode_tiles
-from flashinfer.predict import Guess, Matrices, Predictor, Router, Span, build_predictor, select
+from flashinfer.predict import Guess, Matrices, Predictor, Span, build_predictor, select
 from flashinfer.store.facts import Facts
 
 Index = npt.NDArray[np.int64]
@@ -67,8 +67,7 @@ class Decoder:
         matrices = self._matrices()
         self._predictor = self._build(choice, matrices)
         self._mixture = None if facts.experts is None else Mixture(
-            facts, weights, Router(matrices, facts, choice.experts or facts.experts.per_token), window,
-            everything=choice.kind == "all",
+            facts, weights, matrices, choice.experts or facts.experts.per_token, window, everything=choice.kind == "all"
         )  # fmt: skip
         self._heads = Heads(facts, weights, context)
         self._scoring = [scoring_of(facts, i, self._host(f"layers.{i}.attn.sinks")) for i in range(facts.num_layers)]

@@ -16,7 +16,7 @@ from flashinfer.backend import Buffer, Bundle
 from flashinfer.config import EXPERT_WORK, TILE_NEURONS, TILE_ROWS
 from flashinfer.model.rows import Rows
 from flashinfer.model.weights import Group, Weights, unit_tiles
-from flashinfer.predict import Router, Selection, Span
+from flashinfer.predict import Matrices, Router, Selection, Span
 from flashinfer.store import Experts, Facts
 
 Index = npt.NDArray[np.int64]
@@ -40,12 +40,15 @@ def neurons_of(columns: Index, experts: Experts) -> Index:
 class Mixture:
     """Runs layers of experts. Holds nothing of a step.
 
-    window: of how many of a step's last tokens the cache is told what they needed. everything: experts that nobody
-    chose are read, too, and add nothing.
+    per_token: how many experts a token gets. window: of how many of a step's last tokens the cache is told what they
+    needed. everything: experts that nobody chose are read, too, and add nothing.
     """
 
-    def __init__(self, facts: Facts, weights: Weights, router: Router, window: int, *, everything: bool) -> None:
-        self._facts, self._weights, self._router = facts, weights, router
+    def __init__(
+        self, facts: Facts, weights: Weights, matrices: Matrices, per_token: int, window: int, *, everything: bool
+    ) -> None:
+        self._facts, self._weights, self._matrices = facts, weights, matrices
+        self._router = Router(matrices, facts, per_token)
         self._window, self._everything = window, everything
 
     def shares(self, layer: int, x: Buffer, rows: Rows) -> Floats:
@@ -62,7 +65,7 @@ class Mixture:
         owners = np.minimum(tiles[:, 0] // experts.size, experts.count)
         every = np.zeros((experts.columns, rows.total), dtype=np.float32)
         every[:, rows.skip : rows.skip + rows.count] = shares.T
-        out = backend.zeros(rows.total, self._facts.hidden_size)
+        out = self._biases(layer, every[: experts.count])
         for group in self._weights.neurons(layer, selection, tiles, guess):
             for part in _parts(group, rows.total):
                 some = _numbered(tiles[part.first : part.last])
@@ -72,6 +75,14 @@ class Mixture:
                 backend.weigh(fired, every[owners[part.first : part.last]])
                 backend.ffn(out, x, fired, part.memory, part.offsets, bundle)
         return out
+
+    def _biases(self, layer: int, shares: Floats) -> Buffer:
+        """What experts add whatever they are given: their biases by what is taken of them, `[tokens, hidden]`. shares:
+        `[experts, tokens]`."""
+        role, backend = f"layers.{layer}.ffn.expert_bias", self._weights.backend
+        if not self._weights.has(f"{role}.weight"):
+            return backend.zeros(shares.shape[1], self._facts.hidden_size)
+        return self._matrices.linear(role, backend.place(np.ascontiguousarray(shares.T)))
 
     def active(self, layer: int, shares: Floats) -> npt.NDArray[np.bool_]:
         """Whose neurons each token gets, `[tokens, neurons]`: for who looks on."""

@@ -30,7 +30,7 @@ def bundle_of(layer: NeuronLayer, facts: Facts) -> Bundle:
     parts: dict[str, Part] = {p.role: Part(p.offset, p.elements, p.codec) for p in layer.parts}
     decision, bias = (parts.pop(f"{facts.decision}.{kind}", None) for kind in ("weight", "bias"))
     up, up_bias = parts.get("up.weight"), parts.get("up.bias")
-    return Bundle(layer.bundle_bytes, parts["down.weight"], up, up_bias, decision, bias, facts.rectifies_up)
+    return Bundle(layer.bundle_bytes, parts["down.weight"], up, up_bias, decision, bias, facts.up_activation)
 
 
 def names_neurons(role: str, tensor: TensorEntry) -> bool:

@@ -78,7 +78,7 @@ class Engine:
         bias_at: int,
         down: Codec | None,
         down_at: int,
-        rectified: bool,
+        up_activation: int,
     ) -> None:
         """See `Backend.ffn`. A bundle has `bundle` bytes; its parts are (codec, byte offset), below 0: none."""
     def append(self, cache: npt.NDArray[Any], at: int, x: _Floats, skip: int, count: int) -> None:

@@ -99,38 +99,41 @@ void Engine::attend(float* out, const float* q, long tokens, const KeyValues& kv
     auto lock = pool_.exclusive();
     const long group = heads / kv.heads, together = tokens == 1 ? 1 : std::max(1L, TOKENS / group);
     const long parts = ceil_div(tokens, together);
-    const long scratch = together * group * (round_up(kv.capacity, 16) + 2 * kv.dim + 1);
+    const long scratch = together * group * (round_up(kv.capacity, 16) + kv.dim + kv.value_dim + 1);
     float* memory = attention_.get(scratch * pool_.threads());
     spread(parts * kv.heads, tokens * heads * std::min(first + tokens, scoring.window) * kv.dim, [&](int task, int worker) {
-        const long head = task / parts, t = task % parts * together, width = heads * kv.dim;
-        attend_some(out + t * width, q + t * width, std::min(together, tokens - t), kv, first + t, heads, head, scoring,
-                    memory + worker * scratch);
+        const long head = task / parts, t = task % parts * together;
+        attend_some(out + t * heads * kv.value_dim, q + t * heads * kv.dim, std::min(together, tokens - t), kv, first + t,
+                    heads, head, scoring, memory + worker * scratch);
     });
 }
 
 void Engine::attend_some(float* out, const float* q, long tokens, const KeyValues& kv, long first, long heads, long head,
                          const Scoring& scoring, float* scratch) {
-    const long dim = kv.dim, group = heads / kv.heads, queries = tokens * group, stride = round_up(kv.capacity, 16);
-    const long row = row_bytes(kv.type, dim), keys = first + tokens;
-    const std::uint8_t *k = kv.k + head * kv.capacity * row, *v = kv.v + head * kv.capacity * row;
-    float *scores = scratch, *scaled = scores + queries * stride, *sums = scaled + queries * dim, *totals = sums + queries * dim;
+    const long dim = kv.dim, value_dim = kv.value_dim, keys = first + tokens;
+    const long group = heads / kv.heads, queries = tokens * group, stride = round_up(kv.capacity, 16);
+    float *scores = scratch, *scaled = scores + queries * stride, *sums = scaled + queries * dim;
+    float* totals = sums + queries * value_dim;
     const std::uint8_t* at[MOST_ROWS + AHEAD];
-    auto rows_at = [&](const std::uint8_t* from, long i, long end) {  // up to MOST_ROWS positions from i on
+    // up to MOST_ROWS positions of this head from i on, of keys or values of `width`
+    auto rows_at = [&](const std::uint8_t* cache, long width, long i, long end) {
         const long some = std::min(MOST_ROWS, end - i), ahead = std::min(AHEAD, end - i - some);
+        const long row = row_bytes(kv.type, width);
+        const std::uint8_t* from = cache + head * kv.capacity * row;
         for (long r = 0; r < some + ahead; r++) at[r] = from + (i + r) * row;
-        return Rows{at, int(some), int(ahead), integers_at(kv.type, dim)};
+        return Rows{at, int(some), int(ahead), integers_at(kv.type, width)};
     };
     auto seen_from = [&](long t) { return std::max(0L, first + t + 1 - scoring.window); };
     for (long t = 0; t < tokens; t++)
         table_.scale(scaled + t * group * dim, q + (t * heads + head * group) * dim, group * dim,
                      1.0f / __builtin_sqrtf(float(dim)));
     for (long i = seen_from(0); i < keys; i += MOST_ROWS)
-        table_.dots(kv.type, rows_at(k, i, keys), scaled, dim, int(queries), dim, scores + i, stride);
-    std::fill(sums, sums + queries * dim, 0.0f);
+        table_.dots(kv.type, rows_at(kv.k, dim, i, keys), scaled, dim, int(queries), dim, scores + i, stride);
+    std::fill(sums, sums + queries * value_dim, 0.0f);
     auto add_values = [&](long query, long count, long from, long to) {
         for (long i = from; i < to; i += MOST_ROWS)
-            table_.sums(kv.type, rows_at(v, i, to), scores + query * stride + i, stride, int(count), dim,
-                        sums + query * dim, dim);
+            table_.sums(kv.type, rows_at(kv.v, value_dim, i, to), scores + query * stride + i, stride, int(count),
+                        value_dim, sums + query * value_dim, value_dim);
     };
     for (long query = 0; query < queries; query++) {
         const long from = seen_from(query / group), to = first + query / group + 1;
@@ -142,8 +145,8 @@ void Engine::attend_some(float* out, const float* q, long tokens, const KeyValue
     add_values(0, queries, all_from, all_to);
     for (long t = 1; t < tokens; t++) add_values(t * group, group, all_to, first + t + 1);
     for (long query = 0; query < queries; query++)
-        table_.divide(out + (query / group * heads + head * group + query % group) * dim, sums + query * dim, dim,
-                      totals[query]);
+        table_.divide(out + (query / group * heads + head * group + query % group) * value_dim, sums + query * value_dim,
+                      value_dim, totals[query]);
 }
 
 // -- the small verbs
@@ -174,6 +177,7 @@ void Engine::fire(float* out, const float* gate, long tokens, long neurons, Acti
             float* to = out + (task * tokens + t) * tile;
             for (long n = 0; n < tile; n++) to[n] = wanted[n] < 0 ? 0.0f : gate[t * neurons + wanted[n]];
             table_.activate(activation, threshold, to, tile);
+            for (long n = 0; n < tile; n++) to[n] = wanted[n] < 0 ? 0.0f : to[n];  // of `clamped` it would be 1
         }
     });
 }

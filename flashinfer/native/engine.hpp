@@ -50,7 +50,7 @@ struct Neurons {
     const std::int64_t* offsets;  // [tiles, tile]
     long tiles, tile;
     Part up, up_bias, down;
-    bool rectified;  // products with `up` count where they are positive
+    int up_activation;  // of products with `up`; below 0: they count as they are
 };
 
 // Decision rows in bundles; those whose index is negative are left out.
@@ -62,9 +62,9 @@ struct Decision {
 };
 
 struct KeyValues {
-    const std::uint8_t *k, *v;  // [heads, capacity, dim]
+    const std::uint8_t *k, *v;  // [heads, capacity, dim], [heads, capacity, value_dim]
     Type type;
-    long heads, capacity, dim;
+    long heads, capacity, dim, value_dim;
 };
 
 // What becomes of scores before their softmax, beside the causal mask; see `Scoring` of backend/base.py.
@@ -92,7 +92,8 @@ class Engine {
     void append(std::uint8_t* cache, Type type, const float* x, long tokens, long heads, long capacity, long dim,
                 long at);
 
-    // Causal attention of tokens at positions first, first + 1, ...; q and out are [tokens, heads * dim].
+    // Causal attention of tokens at positions first, first + 1, ...; q is [tokens, heads * dim], out
+    // [tokens, heads * value_dim].
     void attend(float* out, const float* q, long tokens, const KeyValues& kv, long first, long heads,
                 const Scoring& scoring);
 

@@ -68,20 +68,19 @@ void Engine::ffn(float* acc, const float* x, long tokens, long width, const Neur
 
 namespace {
 
-// h *= up product and bias: the factor of a neuron's down row.
-void gate(const Table& table, float* h, const float* products, const std::uint8_t* const* bundles, long count,
+// h *= up product and bias, activated: the factor of a neuron's down row. Overwrites `products`.
+void gate(const Table& table, float* h, float* products, const std::uint8_t* const* bundles, long count,
           const Neurons& n) {
-    for (long i = 0; i < count; i++) {
-        float value = products[i];
-        if (n.up_bias.offset >= 0) {
+    if (n.up_bias.offset >= 0)
+        for (long i = 0; i < count; i++) {
             const float one = 1;
             const std::uint8_t* at = bundles[i] + n.up_bias.offset;
             float b = 0;
             table.dots(n.up_bias.codec->type, {&at, 1, 0}, &one, 1, 1, 1, &b, 1);
-            value += b;
+            products[i] += b;
         }
-        h[i] *= n.rectified ? std::max(value, 0.0f) : value;
-    }
+    if (n.up_activation >= 0) table.activate(Activation(n.up_activation), 0, products, count);
+    for (long i = 0; i < count; i++) h[i] *= products[i];
 }
 
 }  // namespace

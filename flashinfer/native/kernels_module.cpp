@@ -108,13 +108,15 @@ void decide(Engine& self, Floats out, ConstFloats x, Index index, Bytes memory, 
 
 // Parts are (codec, byte offset in the bundle), the offset below 0 where there is none.
 void ffn(Engine& self, Floats acc, ConstFloats x, Array<const float, 3> fired, Bytes memory, Index offsets, long bundle,
-         const Codec* up, long up_at, const Codec* bias, long bias_at, const Codec* down, long down_at, bool rectified) {
+         const Codec* up, long up_at, const Codec* bias, long bias_at, const Codec* down, long down_at,
+         int up_activation) {
     const long tokens = x.shape(0), width = x.shape(1);
     const Part parts[] = {{up, up_at}, {bias, bias_at}, {down, down_at}};
     require_row(parts[0], width, bundle);
     require_bias(parts[1], bundle);
     require_row(parts[2], width, bundle);
     require(down_at >= 0, "a bundle needs its down row");
+    require(up_activation >= -1 && up_activation <= int(LAST_ACTIVATION), "no such activation");
     require(long(acc.shape(0)) == tokens && long(acc.shape(1)) == width, "acc and x differ in shape");
     require(fired.shape(0) == offsets.shape(0) && long(fired.shape(1)) == tokens && fired.shape(2) == offsets.shape(1) &&
                 fired.shape(2) <= 64, "fired does not fit x and offsets");
@@ -122,7 +124,7 @@ void ffn(Engine& self, Floats acc, ConstFloats x, Array<const float, 3> fired, B
     nb::gil_scoped_release free;
     self.ffn(acc.data(), x.data(), tokens, width,
              {fired.data(), memory.data(), offsets.data(), long(fired.shape(0)), long(fired.shape(2)), parts[0],
-              parts[1], parts[2], rectified});
+              parts[1], parts[2], up_activation});
 }
 
 Type cache_type(nb::dlpack::dtype type) {
@@ -152,13 +154,13 @@ void append(Engine& self, OpenCache cache, long at, ConstFloats x, long skip, lo
 
 void attend(Engine& self, Floats out, ConstFloats q, Cache k, Cache v, long first, long heads, long window, float cap,
             std::optional<Vector> slopes, std::optional<Vector> sinks) {
-    for (int i = 0; i < 3; i++) require(k.dtype() == v.dtype() && k.shape(i) == v.shape(i), "keys and values differ");
+    for (int i = 0; i < 2; i++) require(k.dtype() == v.dtype() && k.shape(i) == v.shape(i), "keys and values differ");
     const KeyValues kv{static_cast<const std::uint8_t*>(k.data()), static_cast<const std::uint8_t*>(v.data()),
                        cache_type(k.dtype()), long(k.shape(0)), long(k.shape(1)),
-                       head_dim(cache_type(k.dtype()), q.shape(1), heads, k.shape(2))};
+                       head_dim(cache_type(k.dtype()), q.shape(1), heads, k.shape(2)),
+                       head_dim(cache_type(k.dtype()), out.shape(1), heads, v.shape(2))};
     const long tokens = q.shape(0);
-    require(out.shape(0) == q.shape(0) && out.shape(1) == q.shape(1) && long(q.shape(1)) == heads * kv.dim,
-            "q or out is not [tokens, heads * dim]");
+    require(out.shape(0) == q.shape(0), "q and out differ in tokens");
     require(kv.heads > 0 && heads % kv.heads == 0, "heads are no multiple of the heads in the cache");
     require(first >= 0 && first + tokens <= kv.capacity, "positions beyond the cache");
     require(window > 0 && cap >= 0, "a window or a cap below what it can be");
@@ -200,7 +202,7 @@ void copy(Engine& self, OpenBytes memory, IndexRow targets, IndexRow sources, lo
 
 void fire(Engine& self, Array<float, 3> out, ConstFloats gate, int activation, float threshold, Index index) {
     const long tokens = gate.shape(0), neurons = gate.shape(1);
-    require(activation >= 0 && activation <= int(Activation::shifted_relu), "no such activation");
+    require(activation >= 0 && activation <= int(LAST_ACTIVATION), "no such activation");
     require(out.shape(0) == index.shape(0) && long(out.shape(1)) == tokens && out.shape(2) == index.shape(1),
             "out does not fit gate and index");
     for (size_t i = 0; i < index.size(); i++) require(index.data()[i] < neurons, "an index beyond the neurons");
@@ -229,7 +231,7 @@ NB_MODULE(_kernels, m) {
              "offsets"_a.noconvert(), "bundle"_a, "rows"_a.none(), "rows_at"_a, "bias"_a.none(), "bias_at"_a)
         .def("ffn", ffn, "acc"_a.noconvert(), "x"_a.noconvert(), "fired"_a.noconvert(), "memory"_a.noconvert(),
              "offsets"_a.noconvert(), "bundle"_a, "up"_a.none(), "up_at"_a, "bias"_a.none(), "bias_at"_a, "down"_a.none(), "down_at"_a,
-             "rectified"_a)
+             "up_activation"_a)
         .def("append", append, "cache"_a.noconvert(), "at"_a, "x"_a.noconvert(), "skip"_a, "count"_a)
         .def("attend", attend, "out"_a.noconvert(), "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "first"_a,
              "heads"_a, "window"_a, "cap"_a, "slopes"_a.noconvert().none(), "sinks"_a.noconvert().none())

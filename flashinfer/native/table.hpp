@@ -7,7 +7,8 @@
 
 namespace flashinfer {
 
-enum class Activation : int { relu, relu2, silu, gelu, gelu_tanh, gelu_quick, fatrelu, shifted_relu };
+enum class Activation : int { relu, relu2, silu, gelu, gelu_tanh, gelu_quick, fatrelu, shifted_relu, swiglu_oai, clamped };
+constexpr Activation LAST_ACTIVATION = Activation::clamped;
 
 // Rows of weights anywhere in memory, unaligned. `ahead` more follow in `at`: they come next, and may be prefetched.
 struct Rows {

@@ -109,6 +109,9 @@ void halve(std::uint8_t* out, const float* x, long count) {
     std::memcpy(out + 2 * i, last, 2 * (count - i));
 }
 
+// Beyond it gate and up of gpt-oss are cut off.
+constexpr float SWIGLU_LIMIT = 7;
+
 // 1 / (1 + e^-x) times y.
 FLASHINFER_INLINE Lanes gated(Lanes y, Lanes x) {
     return div(y, add(broadcast(1), exp(sub(broadcast(0), x))));
@@ -128,6 +131,15 @@ void activate(Activation kind, float threshold, float* v, long count) {
         case Activation::silu: return transform(v, v, count, [](Lanes x, long) { return gated(x, x); });
         case Activation::gelu_quick:
             return transform(v, v, count, [](Lanes x, long) { return gated(x, mul(x, broadcast(1.702f))); });
+        case Activation::swiglu_oai:
+            return transform(v, v, count, [](Lanes x, long) {
+                const Lanes cut = min(broadcast(SWIGLU_LIMIT), x);
+                return gated(cut, mul(cut, broadcast(1.702f)));
+            });
+        case Activation::clamped:
+            return transform(v, v, count, [](Lanes x, long) {
+                return add(max(broadcast(-SWIGLU_LIMIT), min(broadcast(SWIGLU_LIMIT), x)), broadcast(1));
+            });
         case Activation::gelu:
             for (long i = 0; i < count; i++) v[i] = 0.5f * v[i] * (1.0f + erff(v[i] * 0.70710678f));
             return;

@@ -15,7 +15,7 @@ CLASSES: Final = {
     "head": "the matrix whose product is the logits; of a model that ties it to the embedding, that",
     "attn": "q, k, v and o, and projections between embedding and layers",
     "ffn": "gate, up and down",
-    "router": "of a mixture of experts: what chooses them, and weighs shared ones",
+    "router": "of a mixture of experts: what chooses them, and weighs shared ones; the biases of their outputs",
     "decision": "of gate and up the one whose product decides who fires; as ffn where nothing is said",
 }
 """What can be named, and what belongs to it."""
@@ -88,7 +88,7 @@ def _classes_of(role: str, facts: Facts) -> tuple[str, ...]:
     """The classes a matrix of that role is in."""
     if role == "embed.weight":
         return ("embed", "head") if facts.tied_head else ("embed",)
-    if ".ffn.router." in role or ".ffn.shared_gate." in role:
+    if any(f".ffn.{name}." in role for name in ("router", "shared_gate", "expert_bias")):
         return ("router",)
     if ".ffn." in role:
         return ("ffn", "decision") if role.endswith(f".ffn.{facts.decision}.weight") else ("ffn",)

@@ -12,7 +12,7 @@ from flashinfer.checkpoint import Checkpoint, TensorInfo
 from flashinfer.checkpoint.base import Bytes, Coded, Columns, Words
 from flashinfer.errors import CheckpointError
 from flashinfer.layout.view import Index, Joined, View
-from flashinfer.pack.joined import read_joined
+from flashinfer.pack.joined import joined_codes, read_joined
 from flashinfer.quant import codec_named
 
 
@@ -47,7 +47,7 @@ class Views:
             return self._source.read_columns(name, columns)
         if isinstance(view, Joined):
             assert isinstance(columns, slice), "experts have no other order"
-            return read_joined(self._source, view, *columns.indices(view.shape[1])[:2])
+            return read_joined(self._source, view, *columns.indices(view.shape[-1])[:2])
         if len(view.shape) == 1:
             return self._vector(view)[:, columns]
         if not view.transposed:
@@ -76,9 +76,11 @@ class Views:
         return next(iter(found))
 
     def _coded(self, view: View | Joined) -> Coded | None:
-        """Rows of codes are cut out as rows of values are; those of the transpose are none, nor those of experts."""
+        """Rows of codes are cut out as rows of values are; those of the transpose are none."""
+        if isinstance(view, Joined):
+            return joined_codes(self._source, view)
         coded = self._source.tensors[view.names[0]].coded
-        if coded is None or isinstance(view, Joined) or view.transposed:
+        if coded is None or view.transposed:
             return None if coded is None else replace(coded, codec=None)
 
         def rows(start: int, stop: int) -> Bytes:

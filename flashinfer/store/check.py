@@ -87,7 +87,7 @@ def check_facts(f: Facts, need: Need) -> None:
     need(f.alibi > 0 or not f.alibi_scaled, "alibi_scaled without alibi")
     possible = 0 <= f.fires_above < math.inf if f.activation in ("fatrelu", "shifted_relu") else f.fires_above == 0
     need(possible, f"a threshold of {f.fires_above} for {f.activation}")
-    need(f.gated or not f.rectifies_up, f"{f.activation} in a plain feed-forward layer")
+    need(f.gated or f.up_activation is None, f"{f.activation} in a plain feed-forward layer")
     _check_windows(f, need)
     for rope in (f.rope, f.local_rope):
         if rope is not None:

@@ -7,11 +7,18 @@ from typing import Any, Literal
 import msgspec
 
 Activation = Literal[
-    "relu", "relu2", "silu", "gelu", "gelu_tanh", "gelu_quick", "fatrelu", "shifted_relu", "drelu"
+    "relu", "relu2", "silu", "gelu", "gelu_tanh", "gelu_quick", "fatrelu", "shifted_relu", "drelu", "swiglu_oai"
 ]  # fmt: skip
 """Of the decision product x, with `Facts.fires_above` t: `fatrelu` is x where x > t, else 0 (ProSparse, arXiv
 2402.13516, section 3.3); `shifted_relu` is relu(x - t) (arXiv 2310.04564, section 5.3); `drelu` is relu of gate and of
-up (TurboSparse, arXiv 2406.05955, section 3.2); `gelu_tanh` and `gelu_quick` are what transformers calls them, too."""
+up (TurboSparse, arXiv 2406.05955, section 3.2); `gelu_tanh` and `gelu_quick` are what transformers calls them, too.
+`swiglu_oai` is gpt-oss's clamped SwiGLU (arXiv 2508.10925, section 2.3; the name is ggml's): x * sigmoid(1.702 x) of
+gate, cut off above 7, times up, cut off beyond 7 on both sides, plus one."""
+
+UpActivation = Literal["relu", "clamped"]
+"""What becomes of products with `up` of a gated layer, where they do not count as they are; `clamped` is their part of
+`swiglu_oai`."""
+_UP_ACTIVATIONS: dict[str, UpActivation] = {"drelu": "relu", "swiglu_oai": "clamped"}
 
 SPARSE_ACTIVATIONS: frozenset[str] = frozenset({"relu", "relu2", "fatrelu", "shifted_relu", "drelu"})
 """Activations that are exactly zero where the decision product does not exceed `Facts.fires_above`."""
@@ -175,9 +182,9 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.intermediate_size if experts is None else experts.neurons
 
     @property
-    def rectifies_up(self) -> bool:
-        """Whether products with `up` count only where they are positive."""
-        return self.activation == "drelu"
+    def up_activation(self) -> UpActivation | None:
+        """What becomes of products with `up`; None: they count as they are."""
+        return _UP_ACTIVATIONS.get(self.activation)
 
     @property
     def decision(self) -> Literal["gate", "up"]:

@@ -166,7 +166,7 @@ def _output_norm_shapes(facts: Facts, block: str) -> dict[str, Shape]:
 
 
 def _router_shapes(facts: Facts, layer: int) -> dict[str, Shape]:
-    """Of a layer of experts: what chooses them, and what weighs the shared ones."""
+    """Of a layer of experts: what chooses them, what weighs the shared ones, and what each adds by itself."""
     experts = facts.routed(layer)
     if experts is None:
         return {}
@@ -176,6 +176,7 @@ def _router_shapes(facts: Facts, layer: int) -> dict[str, Shape]:
         shapes["ffn.router.correction"] = (experts.count,)
     if experts.shared_gate:
         shapes["ffn.shared_gate.weight"] = (1, facts.hidden_size)
+    shapes["ffn.expert_bias.weight"] = (facts.hidden_size, experts.count)
     return shapes
 
 
@@ -192,7 +193,7 @@ def is_required(role: str, facts: Facts) -> bool:
     """Whether a model of these facts, whose `role_shapes` name this role, must have it: all but biases."""
     if role.endswith("norm.weight"):
         return facts.norm_affine and (facts.final_norm or not role.startswith("final_norm."))
-    return not role.endswith(".bias")
+    return not role.endswith((".bias", ".expert_bias.weight"))
 
 
 def bundle_parts(facts: Facts, decision: str, biases: frozenset[str] | set[str]) -> tuple[str, ...]:

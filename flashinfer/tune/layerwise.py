@@ -90,7 +90,7 @@ def _bundle_of(weights: Mapping[str, BundlePart], facts: Facts) -> Bundle:
             places[part] = Part(4 * at, weights[part].elements, "f32")
             at += weights[part].elements
     up, bias = places.get("up.weight"), places.get("up.bias")
-    return Bundle(4 * at, places["down.weight"], up, bias, rectified=facts.rectifies_up)
+    return Bundle(4 * at, places["down.weight"], up, bias, up_activation=facts.up_activation)
 
 
 def values_of(source: Source, role: str) -> F32:
@@ -164,15 +164,19 @@ class _Listening:
 
     def _activated(self, x: F32, fired: Buffer) -> F32:
         """What every neuron's row of down is multiplied by, `[tokens, neurons]`."""
-        tiles = self._weights.tiles
-        out = np.zeros((self.tokens, len(self._layer.bundles) - 1), dtype=np.float32)
-        for tile, values in zip(tiles, fired, strict=True):
-            out[:, tile[tile >= 0]] = self._host(values)[:, tile >= 0]
+        out = self._in_order(fired)
         if self._layer.bundle.up is not None:
             up = x @ self._layer.matrix("ffn.up.weight").T
             bias = self._layer.get("ffn.up.bias")
-            up = up if bias is None else up + bias.reshape(-1)
-            out *= np.maximum(up, 0) if self._layer.bundle.rectified else up
+            placed = self._backend.place(up if bias is None else up + bias.reshape(-1))
+            out *= self._in_order(self._backend.fire(placed, self._layer.bundle.up_activation, self._weights.tiles))
+        return out
+
+    def _in_order(self, fired: Buffer) -> F32:
+        """Values of tiles of neurons `[tiles, tokens, TILE_NEURONS]` as `[tokens, neurons]`."""
+        out = np.zeros((self.tokens, len(self._layer.bundles) - 1), dtype=np.float32)
+        for tile, values in zip(self._weights.tiles, fired, strict=True):
+            out[:, tile[tile >= 0]] = self._host(values)[:, tile >= 0]
         return out
 
     def _host(self, x: Buffer) -> F32:

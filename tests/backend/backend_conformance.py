@@ -11,7 +11,7 @@ import pytest
 from flashinfer.backend import Backend, Bundle, Part, Scoring
 from flashinfer.config import KV_CODECS, TILE_KEYS, TILE_NEURONS, KvType
 from flashinfer.quant import Codec, codec_named
-from flashinfer.store.facts import Activation
+from flashinfer.store.facts import Activation, UpActivation
 from tests.backend.reference import activated, attended, encoded, normed, unaligned
 
 TOKENS = [1, 16, 48]
@@ -44,7 +44,7 @@ class Layer:
         decision: bool = False,
         seed: int = 1,
         down: str | Codec | None = None,
-        rectified: bool = False,
+        up_activation: UpActivation | None = None,
     ) -> None:
         self.up, self.down, self.bias, self.decision_bias = None, None, None, None
         self.raw_decision = np.zeros((0, 0), np.uint8)
@@ -66,7 +66,7 @@ class Layer:
         self.memory = unaligned(np.concatenate([np.zeros((1, at), np.uint8), np.concatenate(columns, axis=1)[order]]))
         self.bundle = Bundle(
             at, parts["down"], parts.get("up"), parts.get("bias"), parts.get("decision"), parts.get("decision_bias"),
-            rectified,
+            up_activation,
         )  # fmt: skip
 
     def offsets(self, index: Any) -> Any:
@@ -91,7 +91,8 @@ class Layer:
                 h = fired[tile, :, place].astype(np.float64)
                 if self.up is not None:
                     up = x @ self.up[n] + (0 if self.bias is None else self.bias[n, 0])
-                    h = h * (np.maximum(up, 0) if self.bundle.rectified else up)
+                    of_up = self.bundle.up_activation
+                    h = h * (up if of_up is None else activated(up, of_up))
                 out += h[:, None] * self.down[n]
         return out
 
@@ -378,7 +379,7 @@ class BackendConformance:
             backend.decide(gate, x, index, layer.memory, layer.offsets(index), layer.bundle)
         assert same(backend.fetch(gate), before)
 
-    @pytest.mark.parametrize("kind", get_args(Activation))
+    @pytest.mark.parametrize("kind", get_args(Activation) + get_args(UpActivation))
     @pytest.mark.parametrize("tokens", [1, 16])
     def test_fire(self, backend: Backend, kind: Any, tokens: int) -> None:
         gate = normal(1, tokens, 150) * 8
@@ -430,9 +431,12 @@ class BackendConformance:
 
     @pytest.mark.parametrize("bias", [False, True])
     @pytest.mark.parametrize("tokens", TOKENS)
-    def test_products_with_up_count_where_they_are_positive(self, backend: Backend, bias: bool, tokens: int) -> None:
-        layer, index = Layer("f16", 150, 40, gated=True, bias=bias, rectified=True), tiles_of(150)
-        x, acc, fired = normal(7, tokens, 40), normal(8, tokens, 40), fired_for(tokens, index, 0.6)
+    @pytest.mark.parametrize("of_up", get_args(UpActivation))
+    def test_products_with_up_are_activated(
+        self, backend: Backend, bias: bool, tokens: int, of_up: UpActivation
+    ) -> None:
+        layer, index = Layer("f16", 150, 40, gated=True, bias=bias, up_activation=of_up), tiles_of(150)
+        x, acc, fired = normal(7, tokens, 40) * 9, normal(8, tokens, 40), fired_for(tokens, index, 0.6)
         placed = backend.place(acc)
         backend.ffn(placed, backend.place(x), backend.place(fired), layer.memory, layer.offsets(index), layer.bundle)
         assert near(backend.fetch(placed), layer.expected(acc, x, fired, index))

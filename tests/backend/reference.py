@@ -58,6 +58,10 @@ def activated(x: Array, kind: str, threshold: float = 0.0) -> Array:
                 return 0.5 * x * (1 + erf(x / math.sqrt(2)))
             case "gelu_tanh":
                 return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+            case "swiglu_oai":
+                return np.minimum(x, 7) / (1 + np.exp(-1.702 * np.minimum(x, 7)))
+            case "clamped":
+                return np.clip(x, -7, 7) + 1
             case _:
                 return x / (1 + np.exp(-1.702 * x))
 

@@ -49,6 +49,9 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mixed": ("qwen3_moe", "float32", {
         "num_experts": 12, "num_experts_per_tok": 2, "moe_intermediate_size": 130, "mlp_only_layers": [1],
         "norm_topk_prob": True, "head_dim": 12}),
+    "biases": ("gpt_oss", "bfloat16", {
+        "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 72, "head_dim": 12,
+        "sliding_window": 24}),
 }  # fmt: skip
 
 
@@ -69,7 +72,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
         config = AutoConfig.for_model(model_type, **(SIZES | config))
         checkpoint = save(AutoModelForCausalLM.from_config, config, root / "checkpoint", dtype)
         stores = []
-        for bundles in (None, 1, {"mixtral": 107, "shared": 4, "mixed": 26}[name]):
+        for bundles in (None, 1, {"mixtral": 107, "shared": 4, "mixed": 26, "biases": 8}[name]):
             stores.append(root / f"store-{bundles}")
             pack(checkpoint, stores[-1], bundles_per_record=bundles)
         out[name] = Made(checkpoint, tuple(stores))
@@ -96,7 +99,7 @@ def quarter_of(store: Path, **options: Any) -> Cap:
         middle = (low + high) // 2
         with Model.open(store, Cap(weight_memory=middle), **options) as model:
             m, plan = model.store.manifest, model.plan
-            routers = {role for role in m.tensors if "router" in role or "shared_gate" in role}
+            routers = {r for r, t in m.tensors.items() if len(t.shape) == 2 and ("router" in r or "shared_gate" in r)}
             enough = 4 * sum(plan.slots) >= sum(n.records for n in m.layers) and routers <= plan.resident
         low, high = (low, middle) if enough else (middle, high)
     return Cap(weight_memory=high)

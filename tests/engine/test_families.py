@@ -100,6 +100,13 @@ FACTS = {
     "qwen2_moe-mixed": {"experts": Experts(6, 2, 24, shared_size=36, shared_gate=True, normalised=True, dense=(0, 2))},
     "qwen3_moe-mixed": {"experts": Experts(6, 2, 24, dense=(1,))},
     "granitemoe": {"experts": Experts(6, 2, 107, normalised=True), "residual_scale": 0.22},
+    "gpt_oss": {
+        "experts": Experts(6, 2, 107, normalised=True),
+        "activation": "swiglu_oai",
+        "sinks": True,
+        "window": 24,
+        "global_layers": (1,),
+    },
 }
 
 

@@ -1,4 +1,7 @@
-"""Checkpoints that others quantised: GPTQ, AWQ, bitsandbytes in four bits. `docs/checkpoints.md` says what is kept."""
+"""Checkpoints that others quantised: GPTQ, AWQ, bitsandbytes in four bits, MXFP4.
+
+`docs/checkpoints.md` says what is kept.
+"""
 
 from flashinfer.checkpoint.quantised.checkpoint import dequantising
 

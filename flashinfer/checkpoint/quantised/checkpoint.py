@@ -10,6 +10,7 @@ from flashinfer.checkpoint.quantised.awq import awq_matrices
 from flashinfer.checkpoint.quantised.bitsandbytes import bitsandbytes_matrices
 from flashinfer.checkpoint.quantised.gptq import gptq_matrices
 from flashinfer.checkpoint.quantised.matrix import Matrix
+from flashinfer.checkpoint.quantised.mxfp4 import mxfp4_matrices
 from flashinfer.errors import CheckpointError
 
 KEY = "quantization_config"
@@ -18,6 +19,7 @@ METHODS: dict[str, Callable[[Checkpoint, Mapping[str, Any]], dict[str, Matrix]]]
     "gptq": gptq_matrices,
     "awq": awq_matrices,
     "bitsandbytes": bitsandbytes_matrices,
+    "mxfp4": mxfp4_matrices,
 }
 
 
@@ -37,7 +39,8 @@ def dequantising(source: Checkpoint) -> Checkpoint:
     if method not in METHODS:
         raise CheckpointError(
             f"{source.path} is quantised by {str(method)[:80] or 'a method it does not name'}; read are "
-            f"{', '.join(METHODS)} (in 4 bits, gptq also in 8): get one of those, or the model as it was"
+            f"{', '.join(METHODS)} (awq and bitsandbytes in 4 bits, gptq also in 8): get one of those, or "
+            "the model as it was"
         )
     matrices = METHODS[method](source, options)
     if not matrices:

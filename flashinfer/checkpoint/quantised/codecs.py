@@ -34,3 +34,6 @@ def nearest_integers(bits: int, group: int) -> str:
 
 NEAREST_FLOATS = "nf4"
 """The same of four-bit floats of bitsandbytes, `nf4` and `fp4`."""
+
+NEAREST_MXFP4 = "mxfp4"
+"""The same of `mxfp4`: where scales of neighbours are often the same power of two, many values stay as they are."""

@@ -19,8 +19,8 @@ class Matrix(Protocol):
     """Weights `[out, in]`. Its methods read, and raise as `checkpoint.base.Source` does."""
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Rows (outputs) and columns (inputs)."""
+    def shape(self) -> tuple[int, ...]:
+        """Rows (outputs) and columns (inputs); of several matrices, how many before that: their rows count on."""
         ...
 
     @property
