@@ -39,9 +39,9 @@ def score_series(width: float, frequencies: Floats, context: int) -> tuple[Float
     return found[:n].astype(np.float32), found[n : 2 * n].astype(np.float32)
 
 
-def rotary_frequencies(head_dim: int) -> Floats:
+def rotary_frequencies(head_dim: int, theta: float = 10000.0) -> Floats:
     """Angle per position of each rotary pair."""
-    return (10000.0 ** -(np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
+    return (theta ** -(np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
 
 
 def rotary_queries(series: tuple[Floats, Floats], head_dim: int) -> tuple[Floats, Floats]:

@@ -45,6 +45,11 @@ def pseudo_text(words: int, seed: int = 0) -> str:
     return " ".join(text)
 
 
+def lexicon() -> list[str]:
+    """The words of `pseudo_text`, the commonest first."""
+    return [_spell(word) for word in range(LEXICON)]
+
+
 def _spell(word: int) -> str:
     base = len(_SYLLABLES)
     spelled = _SYLLABLES[word % base]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,19 +169,21 @@ def write_random(out: Path, shape: Shape, seed: int = 0) -> int:
     return shape.weight_bytes()
 
 
-def write_tokenizer(out: Path, vocab: int) -> None:
+def write_tokenizer(out: Path, vocab: int, words: Sequence[str] = ()) -> None:
     """Byte-level, no merges: token n is byte n (in GPT-2's printable alphabet), 256 and 257 begin and end a text.
 
-    The rest of the vocabulary are words that no text is split into; `text.token_ids` uses them.
+    The next are `words`, as they stand behind a space, as far as there is room; the rest of the vocabulary are words
+    that no text is split into, which `text.token_ids` uses.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     alphabet = {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
-    words = {alphabet[b]: b for b in range(256)} | {"<s>": BOS, "</s>": EOS}
-    words |= {f"{alphabet[32]}w{n}": n for n in range(len(words), vocab)}
-    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
+    tokens = {alphabet[b]: b for b in range(256)} | {"<s>": BOS, "</s>": EOS}
+    tokens |= {f"{alphabet[32]}{word}": n for n, word in zip(range(len(tokens), vocab), words, strict=False)}
+    tokens |= {f"{alphabet[32]}w{n}": n for n in range(len(tokens), vocab)}
+    tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=[], ignore_merges=bool(words)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<s>", "</s>"])

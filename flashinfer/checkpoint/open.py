@@ -18,14 +18,14 @@ _NOT_READ = {".h5": "TensorFlow", ".msgpack": "Flax", ".onnx": "ONNX"}
 
 
 def open_checkpoint(
-    path: str | Path, *, delta: str | Path | None = None, adapter: str | Path | None = None
+    path: str | Path | Checkpoint, *, delta: str | Path | None = None, adapter: str | Path | None = None
 ) -> Checkpoint:
     """Open the checkpoint at `path`: a Hugging Face directory, a GGUF file, or a directory with just that.
 
     Matrices that others quantised (`checkpoint/quantised`) are among its tensors like all others. Close it when done.
 
     Args:
-        path: the checkpoint.
+        path: the checkpoint; or one that is open already, which then belongs to what is returned.
         delta: a checkpoint of differences to add to it (`checkpoint/delta.py`).
         adapter: a directory with a LoRA adapter to merge, after the delta (`checkpoint/merge.py`).
 
@@ -33,7 +33,7 @@ def open_checkpoint(
         CheckpointError: there is none, it is incomplete, damaged or of a kind that is not read, or delta or adapter
             belong to another.
     """
-    opened = _open(Path(path))
+    opened = _open(Path(path)) if isinstance(path, (str, Path)) else path
     try:
         if delta is not None:
             opened = _with_delta(opened, Path(delta))

@@ -43,7 +43,7 @@ class PackReport:
 
 
 def pack(
-    checkpoint: str | Path,
+    checkpoint: str | Path | Checkpoint,
     store: str | Path,
     *,
     quant: str | None = None,
@@ -65,7 +65,8 @@ def pack(
     or failed call leaves nothing behind.
 
     Args:
-        checkpoint: a Hugging Face directory with safetensors or PyTorch files, or a GGUF file (`docs/checkpoints.md`).
+        checkpoint: a Hugging Face directory with safetensors or PyTorch files, or a GGUF file (`docs/checkpoints.md`);
+            or an open `checkpoint.Checkpoint`, whatever makes its tensors, which is closed at the end.
         store: the directory to make; its parent must exist.
         quant: codecs of the matrices, as `recipe.parse_recipe` has it (`f16`, `nf4`, `ffn=nf4,attn=int8`); None keeps
             each tensor's own type, or the codes of one that comes quantised (`docs/checkpoints.md`).

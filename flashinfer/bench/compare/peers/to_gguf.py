@@ -58,11 +58,16 @@ def describe(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_rope_dimension_count(hidden // heads)
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(config["vocab_size"])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    add_vocabulary(writer, config["vocab_size"])
+
+
+def add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
+    """The made-up vocabulary."""
     kinds = gguf.TokenType
     tokens = [(f"<0x{b:02X}>", kinds.BYTE) for b in range(256)] + [("<s>", kinds.CONTROL), ("</s>", kinds.CONTROL)]
-    tokens += [(f"\u2581w{n}", kinds.NORMAL) for n in range(len(tokens), config["vocab_size"])]
+    tokens += [(f"\u2581w{n}", kinds.NORMAL) for n in range(len(tokens), size)]
+    writer.add_vocab_size(size)
     writer.add_tokenizer_model("llama")
     writer.add_token_list([name for name, _ in tokens])
     writer.add_token_scores([-float(n) for n in range(len(tokens))])
