@@ -92,6 +92,18 @@ def test_nothing_is_selected_in_a_dense_model() -> None:
     assert list(models(found)) == ["naive", "hybrid", "predictor", "window", "bundled", "native"]
 
 
+def test_of_a_mixture_the_router_says_who_is_needed() -> None:
+    routed = Carries(STORE, frozenset({"router"}), sparse=False, bundled=True)
+    found = line_up(Given(routed, routed, (1000,), default_predictor(routed), "python"))
+    assert {c.name: c.predictor for c in found.contenders} == {
+        "naive": "all", "hybrid": "all", "bundled": "router", "native": "router", "router+lookahead": "router",
+    }  # fmt: skip
+    assert "neurons of an expert are needed together" in found.left_out["window"]
+    for name in ("exact", "certified", "low-rank", "low-rank+lookahead", "threshold"):
+        assert "is for dense models: of a mixture of experts the router" in found.left_out[name]
+    assert line_up(SPARSE).left_out["router+lookahead"] == "this model is dense: it has no router"
+
+
 def test_lookahead_runs_at_the_ladders_level() -> None:
     found = {c.name: c.predictor for c in line_up(replace(SPARSE, predictor="low-rank:0.99")).contenders}
     assert (found["native"], found["low-rank"], found["low-rank+lookahead"]) == (
@@ -191,7 +203,10 @@ def test_half_of_the_weights_at_most(manifest: Manifest) -> None:
 def test_rungs_as_the_runtime_is_told_of_them() -> None:
     told = {rung.name: run_of(rung, "low-rank", "f16") for rung in (*LADDER, *OTHERS)}
     assert {name for name, run in told.items() if run.io.objective == "bytes"} == {"predictor", "window"}
-    assert {name for name, run in told.items() if run.lookahead} == {"low-rank+lookahead"}
+    assert {name for name, run in told.items() if run.lookahead} == {
+        "low-rank+lookahead",
+        "router+lookahead",
+    }
     torch = {name for name, run in told.items() if run.backend == "torch" and run.io.reader == "threads"}
     assert torch == {"naive", "hybrid", "predictor", "window", "bundled"}
     assert {run.kv_type for run in told.values()} == {"f16"}
@@ -214,6 +229,8 @@ def test_what_has_to_be_made(tmp_path: Path) -> None:
     assert plan_files([], HF, ["q4_0"], tmp_path) == GgufFiles(made[0], (made[1],), made)
     quantised = tmp_path / "mine-q8_0.gguf"
     assert plan_files([mine], HF, ["q8_0"], tmp_path) == GgufFiles(mine, (quantised,), (quantised,))
+    assert plan_files([quantised], None, [], tmp_path) == GgufFiles(quantised, (), (quantised,))
+    assert plan_files([quantised, Q4], None, [], tmp_path).full is None
     with pytest.raises(PeerError, match="both seem to be of full precision"):
         plan_files([mine, Path("other.gguf")], None, [], tmp_path)
     with pytest.raises(PeerError, match="needs a model to quantise"):

@@ -90,6 +90,12 @@ OTHERS = (
     Rung("low-rank", "the native rung with low-rank predictors", "low-rank"),
     Rung("low-rank+lookahead", "the same, each layer named while the one before computes", "low-rank", lookahead=True),
     Rung("threshold", "the native rung without neurons whose activation is small", "threshold"),
+    Rung(
+        "router+lookahead",
+        "the native rung, each layer's router asked while the one before computes",
+        "router",
+        lookahead=True,
+    ),
 )
 """The native rung with other predictors."""
 

@@ -13,7 +13,7 @@ from flashinfer.bench.compare.disk import roofline
 from flashinfer.bench.compare.quality import Logits, largest_difference, perplexity, same_greedy
 
 Row = dict[str, Any]
-EXACT = frozenset({"all", "exact", "certified"})
+EXACT = frozenset({"all", "exact", "certified", "router"})
 """Predictors that leave out nobody who fires."""
 
 

@@ -18,7 +18,10 @@ QUANTS = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
 
 @dataclass(frozen=True)
 class GgufFiles:
-    """The file of full precision (None: there is none), quantised ones, and of these the ones to be made first."""
+    """The file of full precision (None: there is none), quantised ones, and of these the ones to be made first.
+
+    Where all that is given is one quantised file, it is in place of full precision: that is how the model is had.
+    """
 
     full: Path | None
     quantised: tuple[Path, ...]
@@ -45,6 +48,8 @@ def plan_files(given: Sequence[Path], checkpoint: Path | None, quants: Sequence[
         )
     if not full and checkpoint is not None:
         full = [folder / f"{checkpoint.resolve().name}.gguf"]
+    elif len(given) == 1 and not quants:
+        return GgufFiles(given[0], (), tuple(path for path in given if not path.exists()))
     if quants and not full:
         raise PeerError("--gguf-quant needs a model to quantise: give --checkpoint, or a --gguf of full precision")
     made = [folder / f"{full[0].stem}-{quant}.gguf" for quant in quants]
@@ -65,7 +70,7 @@ def make_files(files: GgufFiles, checkpoint: Path | None, python: str, say: Call
         quant, source = quant_of(path), checkpoint
         if quant is not None:
             source = files.full
-        if source is None:
+        if source is None or source == path:
             raise PeerError(f"{path} does not exist; give a GGUF file, or what to make it from with --checkpoint")
         say(f"making {path.name}")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from flashinfer.errors import PeerError
 from flashinfer.store import Manifest
 from flashinfer.units import format_size
 
-KINDS: tuple[Kind, ...] = ("certified", "low-rank", "threshold")
+KINDS: tuple[Kind, ...] = ("certified", "low-rank", "threshold", "router")
 INSTALL = "pip install 'flashinfer-offload[bench]', and --peer-python where that is another Python"
 
 
@@ -37,6 +37,11 @@ class Carries:
     kinds: frozenset[str]
     sparse: bool
     bundled: bool
+
+    @property
+    def routed(self) -> bool:
+        """Whether it is a mixture of experts."""
+        return "router" in self.kinds
 
     def can(self, predictor: str) -> bool:
         """Whether it has what that predictor needs."""
@@ -86,6 +91,8 @@ class Lineup:
 
 def default_predictor(store: Carries) -> str:
     """The ladder's predictor, where nobody says: low-rank, as in the paper, where the store has it."""
+    if store.routed:
+        return "router"
     if "low-rank" in store.kinds:
         return "low-rank"
     return "certified" if store.bundled and "certified" in store.kinds else "exact"
@@ -124,6 +131,8 @@ def _settle(out: Lineup, given: Given, name: str, found: Contender | str) -> Non
 def _ours(rung: Rung, given: Given) -> Contender | str:
     """The rung on its store, or why not."""
     predictor = _predictor(rung, given.predictor)
+    if misfit := _misfit(rung, given.store.routed):
+        return misfit
     if rung.packed and given.packed is None:
         return "give --packed, the same model as `flashinfer pack` wrote it"
     if rung.name != "native" and predictor != "all" and not given.store.selects(predictor):
@@ -139,6 +148,17 @@ def _ours(rung: Rung, given: Given) -> Contender | str:
         return "this installation has no native core"
     what = rung.what if rung.predictor else f"{rung.what} ({predictor})"
     return Contender(rung.name, what, "ours", where.path, OUR_PYTHON, rung, predictor)
+
+
+def _misfit(rung: Rung, routed: bool) -> str:
+    """Why a rung is none for mixtures of experts, or for dense models; else an empty text."""
+    if not routed:
+        return "this model is dense: it has no router" if rung.predictor == "router" else ""
+    if rung.apart:
+        return "neurons of an expert are needed together: nobody reads their parts one by one"
+    if rung.predictor not in (None, "all", "router"):
+        return f"{rung.predictor} is for dense models: of a mixture of experts the router says who is needed"
+    return ""
 
 
 def _place(rung: Rung, predictor: str, given: Given) -> Carries | None:

@@ -10,7 +10,7 @@ from flashinfer.backend import has_native
 from flashinfer.bench.compare.contenders import LLAMA
 from flashinfer.bench.compare.gguf_files import GgufFiles, make_files, plan_files
 from flashinfer.bench.compare.launch import find_python, modules_of
-from flashinfer.bench.compare.lineup import Given, carries, default_predictor
+from flashinfer.bench.compare.lineup import Carries, Given, carries, default_predictor
 from flashinfer.bench.compare.task import Wanted
 from flashinfer.errors import StoreError
 from flashinfer.store import Store, open_store
@@ -40,7 +40,7 @@ def prepare(wanted: Wanted, *, make: bool, say: Callable[[str], None]) -> tuple[
     found = carries(wanted.store, store.manifest)
     return store, Given(
         store=found,
-        packed=carries(wanted.packed, packed.manifest) if wanted.packed and packed else None,
+        packed=_packed(wanted, found, packed),
         caps=wanted.caps,
         predictor=wanted.predictor or default_predictor(found),
         python=python,
@@ -53,6 +53,13 @@ def prepare(wanted: Wanted, *, make: bool, say: Callable[[str], None]) -> tuple[
         room=int(psutil.virtual_memory().available * FREE_SHARE),
         only=wanted.only,
     )
+
+
+def _packed(wanted: Wanted, found: Carries, packed: Store | None) -> Carries | None:
+    """The store as `pack` wrote it: the one given; of a mixture of experts, which nothing calibrates, the store."""
+    if wanted.packed and packed:
+        return carries(wanted.packed, packed.manifest)
+    return found if found.routed else None
 
 
 def _wants_llama(wanted: Wanted) -> bool:
