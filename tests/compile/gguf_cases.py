@@ -98,6 +98,7 @@ class Case:
     `keys`: GGUF's keys beside `METADATA` -> config.json's key, or the value itself where it is no string.
     `says`: what config.json says of a family that transformers has not, beside that of the nearest one.
     `changes`: part of a tensor's name -> what is done to its values; the first that fits counts.
+    `experts_apart`: each expert has tensors of its own.
     """
 
     architecture: str
@@ -108,6 +109,7 @@ class Case:
     changes: dict[str, Callable[[Array, Mapping[str, Any]], Array]] = field(default_factory=dict)
     says: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Any] = field(default_factory=dict)
+    experts_apart: bool = False
 
 
 def pairs(values: Array, heads: int) -> Array:

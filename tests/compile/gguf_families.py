@@ -1,8 +1,9 @@
-"""The tiny models of `gguf_cases`: made by transformers, written as llama.cpp's converter writes them."""
+"""The tiny models of `gguf_cases` and `gguf_mixtures`: made by transformers, written as llama.cpp's converter does."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def make(case: Case, folder: Path) -> Path:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(case.model_type, **case.config)).float()
     with torch.no_grad():
         for parameter in model.parameters():
-            scale = parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.2
+            scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.2
             parameter.copy_(torch.randn_like(parameter) * scale + (parameter.ndim == 1 and 0.5))
     model.save_pretrained(folder)
     said = json.loads((folder / "config.json").read_text())
@@ -45,15 +46,22 @@ def write(path: Path, case: Case, folder: Path, kind: Type = Type.F32) -> dict[s
         if value != said or not isinstance(said, str) or said not in METADATA.values():
             kinds[type(value)](f"{case.architecture}.{key}", value)
     meant: dict[str, Array] = {}
-    stacks: dict[str, list[Array]] = {}
-    for name, values in safetensors.numpy.load_file(folder / "model.safetensors").items():
+    stacks: dict[str, list[str]] = {}
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    for name in sorted(tensors):
         if ".norms." in name:
-            stacks.setdefault(f"{name.split('_layernorm')[0]}_norm.weight", []).append(values)
-            meant[name] = values
+            stacks.setdefault(f"{name.split('_layernorm')[0]}_norm.weight", []).append(name)
+        elif ".experts." in name and not case.experts_apart:
+            stacks.setdefault(re.sub(r"experts\.\d+\.", "experts.", name), []).append(name)
+        elif "input_linear" in name:
+            halves = zip(("gate", "up"), np.split(tensors[name], 2, axis=1), strict=True)
+            parts = [_add(writer, case, name.replace("input", part), half, config, kind) for part, half in halves]
+            meant[name] = np.concatenate(parts, axis=1)
         else:
-            meant[name] = _add(writer, case, name, values, config, kind)
-    for name, parts in stacks.items():
-        _add(writer, case, name, np.stack(parts), config, kind)
+            meant[name] = _add(writer, case, name, tensors[name], config, kind)
+    for name, names in stacks.items():
+        whole = _add(writer, case, name, np.stack([tensors[n] for n in names]), config, kind)
+        meant |= dict(zip(names, whole, strict=True))
     for name, factors in case.tensors.items():
         writer.add_tensor(name, np.array(factors, np.float32))
     writer.write_header_to_file()
@@ -72,7 +80,9 @@ def logits(folder: Path, tensors: Mapping[str, Array], tokens: list[int]) -> Arr
         {name: np.ascontiguousarray(values) for name, values in tensors.items()},
         folder / "model.safetensors", metadata={"format": "pt"},
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
     with torch.no_grad():
         found: Array = model(torch.tensor([tokens])).logits[0].numpy()
     return found
@@ -85,10 +95,10 @@ def _add(writer: Any, case: Case, name: str, values: Array, config: Mapping[str,
         theirs = theirs.replace(f"{module}.", f"{ours}.")
     change = next((c for part, c in case.changes.items() if part in name), lambda values, _: values)
     stored = np.ascontiguousarray(change(values, config))
-    if values.ndim == 1 or "_norm" in name:
+    if stored.ndim == 1 or "_norm" in name or "gate_inp" in theirs:
         writer.add_tensor(theirs[:-1], stored)
         return values
-    data = encode(stored, kind)
+    data = encode(stored.reshape(-1, stored.shape[-1]), kind).reshape(*stored.shape[:-1], -1)
     writer.add_tensor(theirs[:-1], data, raw_dtype=kind)
     places = change(np.arange(values.size).reshape(values.shape), config)
     back = np.empty(values.size, np.float32)

@@ -102,6 +102,29 @@ def write_gguf(
     return meant
 
 
+def write_mixture(path: Path, architecture: str, change: Mapping[str, tuple[int, ...] | None]) -> None:
+    """A mixture of five experts as GGUF: llama's attention; `change`: shapes of tensors that are other than they should
+    be, None of those that are not there."""
+    config = dict(LLAMA)
+    hidden, size = config["hidden_size"], config["intermediate_size"]
+    shapes = {gguf_name(name): shape for name, shape in llama_shapes(config).items() if ".mlp." not in name}
+    for i in range(config["num_hidden_layers"]):
+        shapes[f"blk.{i}.ffn_gate_inp.weight"] = (5, hidden)
+        shapes |= {f"blk.{i}.ffn_{part}_exps.weight": (5, size, hidden) for part in ("gate", "up")}
+        shapes[f"blk.{i}.ffn_down_exps.weight"] = (5, hidden, size)
+    writer = gguf.GGUFWriter(path, architecture)
+    said = {key: config[value] for key, value in METADATA.items()} | {"expert_count": 5, "expert_used_count": 2}
+    for key, value in said.items():
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{architecture}.{key}", value)
+    for name, shape in {**shapes, **change}.items():
+        if shape is not None:
+            writer.add_tensor(name, np.full(shape, 0.01, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def string(text: str) -> bytes:
     return struct.pack("<Q", len(text.encode())) + text.encode()
 

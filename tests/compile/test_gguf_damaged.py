@@ -10,7 +10,7 @@ import pytest
 
 from flashinfer.checkpoint import open_checkpoint
 from flashinfer.errors import CheckpointError
-from tests.compile.gguf_files import described, entry, forged, string, write_gguf
+from tests.compile.gguf_files import described, entry, forged, string, write_gguf, write_mixture
 from tests.plain_checkpoint import LLAMA, fill, llama_shapes
 from tests.shared_data import shared_data
 
@@ -134,7 +134,8 @@ class TestWhatCannotBeFollowed:
         ("metadata", "message"),
         [
             ({"split__count": 3}, "one of 3 parts: join them with llama-gguf-split --merge"),
-            ({"llama__expert_count": 8}, r"llama\.expert_count = 8, only 0 is followed"),
+            ({"llama__expert_count": 8}, r"llama\.expert_used_count = None, one positive number was expected"),
+            ({"llama__expert_count": [8, 8]}, r"llama\.expert_count = \[8 8\], only 0 is followed"),
             ({"llama__rope__dimension_count": 8}, r"rope\.dimension_count = 8, 4 at most"),
             ({"llama__rope__scaling__type": "sideways"}, r"scaling\.type = sideways, none, linear and yarn"),
             ({"llama__attention__value_length": 8}, r"attention\.value_length = 8, 4 as for keys"),
@@ -164,6 +165,46 @@ class TestWhatCannotBeFollowed:
         write_gguf(tmp_path / "x.gguf", LLAMA, tensors)
         with pytest.raises(CheckpointError, match=r"no place for tensor blk\.0\.attn_q_norm\.weight"):
             pack(tmp_path / "x.gguf", tmp_path / "store")
+
+
+class TestExperts:
+    """Matrices of experts that cannot be."""
+
+    @pytest.mark.parametrize(
+        ("name", "change", "message"),
+        [
+            ("mixtral", {"up_exps": None}, r"block_sparse_moe\.experts\.0\.w3\.weight \(role .*\) is missing"),
+            ("mixtral", {"up_exps": (4, 21, 16)}, r"block_sparse_moe\.experts\.4\.w3\.weight \(role .*\) is missing"),
+            ("mixtral", {"up_exps": (6, 21, 16)}, r"no place for tensor blk\.0\.ffn_up\.5\.weight|experts\.5\.w3"),
+            ("mixtral", {"up_exps": (5, 16, 21)}, r"experts\.0\.w3\.weight has shape \[16, 21\], \[21, 16\]"),
+            ("mixtral", {"up_exps": (105, 16)}, "w3"),
+            ("mixtral", {"up_exps": (4097, 1, 1)}, r"blk\.0\.ffn_up_exps\.weight has 4097 experts"),
+            ("mixtral", {"up.4": (21, 16)}, r"ffn_up_exps\.weight and blk\.0\.ffn_up\.4\.weight, which are the same"),
+            (
+                "granitemoe",
+                {"up_exps": (4, 21, 16)},
+                r"experts of blk\.0\.ffn_gate_exps\.weight and .* differ in number",
+            ),
+            ("granitemoe", {"up_exps": (5, 24, 16)}, "differ in number, shape or type"),
+            ("granitemoe", {"up_exps": None}, "differ in number"),
+            ("granitemoe", {"down_exps": None}, r"output_linear\.weight \(role .*\) is missing"),
+        ],
+    )
+    def test_tensors(self, tmp_path: Path, name: str, change: dict[str, tuple[int, ...] | None], message: str) -> None:
+        from flashinfer import pack
+
+        architecture = "llama" if name == "mixtral" else name
+        write_mixture(tmp_path / "x.gguf", architecture, {f"blk.0.ffn_{k}.weight": v for k, v in change.items()})
+        with pytest.raises(CheckpointError, match=message) as caught:
+            pack(tmp_path / "x.gguf", tmp_path / "store")
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("architecture", ["llama", "granitemoe"])
+    def test_unharmed_it_is_read(self, tmp_path: Path, architecture: str) -> None:
+        from flashinfer import pack
+
+        write_mixture(tmp_path / "x.gguf", architecture, {})
+        pack(tmp_path / "x.gguf", tmp_path / "store")
 
 
 class TestPlaces:

@@ -25,15 +25,19 @@ from flashinfer.layout import find_layout, match_layout
 from flashinfer.quant import codec_named
 from tests.compile.gguf_cases import CASES
 from tests.compile.gguf_families import logits, make, write
+from tests.compile.gguf_mixtures import MIXTURES
 
+ALL = CASES | MIXTURES
 KINDS = [Type.F32, Type.F16, Type.Q8_0, Type.Q4_0, Type.Q4_K, Type.Q6_K]
+DEQUANTISED = [(name, kind) for name in ("nemotron", "gpt2", "gptneox", "granite") for kind in KINDS]
+DEQUANTISED += [(name, kind) for name in MIXTURES for kind in (Type.Q8_0, Type.Q4_0)]
 TOKENS = [int(t) for t in np.random.default_rng(5).integers(3, 40, 12)]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory):
     """`made(case)`: the checkpoint transformers saved, made once."""
-    return cache(lambda name: make(CASES[name], tmp_path_factory.mktemp(name)))
+    return cache(lambda name: make(ALL[name], tmp_path_factory.mktemp(name)))
 
 
 def decoded(c: Checkpoint, name: str, words: Any) -> np.ndarray:
@@ -55,10 +59,10 @@ def _single(value: Any) -> Any:
     return pytest.approx(value, rel=1e-6) if isinstance(value, float) else value
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL)
 def test_it_is_the_checkpoint_it_was_made_from(made, tmp_path: Path, name: str) -> None:
     """Names, shapes, facts, and every part of every tensor, bit for bit."""
-    expected = write(tmp_path / "x.gguf", CASES[name], made(name))
+    expected = write(tmp_path / "x.gguf", ALL[name], made(name))
     theirs, ours = open_checkpoint(made(name)), open_checkpoint(tmp_path / "x.gguf")
     assert {n: t.shape for n, t in ours.tensors.items()} == {n: t.shape for n, t in theirs.tensors.items()}
     assert facts(ours) == facts(theirs)
@@ -66,7 +70,7 @@ def test_it_is_the_checkpoint_it_was_made_from(made, tmp_path: Path, name: str) 
         rows, cols = ours.tensors[tensor].matrix
         table, some = values.reshape(rows, cols), np.array([cols - 1, 0, 3])
         read = decoded(ours, tensor, ours.read_rows(tensor, 0, rows))
-        assert np.abs(read - table).max() <= (2**-23 if CASES[name].changes and "norm" in tensor else 0), tensor
+        assert np.abs(read - table).max() <= (2**-23 if ALL[name].changes and "norm" in tensor else 0), tensor
         for part, whole in (
             (ours.read_rows(tensor, rows // 3, rows // 2 + 1), read[rows // 3 : rows // 2 + 1]),
             (ours.read_columns(tensor, slice(3, cols - 2)), read[:, 3:-2]),
@@ -78,27 +82,30 @@ def test_it_is_the_checkpoint_it_was_made_from(made, tmp_path: Path, name: str) 
 
 
 def test_every_architecture_has_a_case() -> None:
-    assert {case.architecture for case in CASES.values()} == set(ARCHITECTURES)
+    assert {case.architecture for case in ALL.values()} == set(ARCHITECTURES)
 
 
 def test_the_table_in_the_documentation() -> None:
     """Its rows are the architectures, each with its layout, and with what is undone where something is."""
     text = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
     lines = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| `")]
-    told = {a.strip(" `"): (layout.split()[0], bool(undone.strip())) for a, layout, undone in lines}
+    told = {a.replace("`", "").strip(): (layout.split()[0], bool(undone.strip())) for a, layout, undone in lines}
+    mixtures = {f"{name} with experts": row.mixture for name, row in ARCHITECTURES.items() if row.mixture is not None}
     assert told == {
-        name: (find_layout({"architectures": [row.hugging_face]}, ()).family, bool(row.forms or row.stacked))
-        for name, row in ARCHITECTURES.items()
+        name: (
+            find_layout({"architectures": [row.hugging_face]}, ()).family,
+            bool(row.forms or row.stacked or row.fused),
+        )
+        for name, row in (ARCHITECTURES | mixtures).items()
     }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["nemotron", "gpt2", "gptneox", "granite"])
+@pytest.mark.parametrize(("name", "kind"), DEQUANTISED)
 def test_logits_are_those_of_the_dequantised_weights(made, tmp_path: Path, name: str, kind: Type) -> None:
     folder = tmp_path / "reference"
     folder.mkdir()
     (folder / "config.json").write_text((made(name) / "config.json").read_text())
-    expected = logits(folder, write(tmp_path / "x.gguf", CASES[name], made(name), kind), TOKENS)
+    expected = logits(folder, write(tmp_path / "x.gguf", ALL[name], made(name), kind), TOKENS)
     pack(tmp_path / "x.gguf", tmp_path / "store")
     with Model.open(tmp_path / "store") as model:
         assert np.abs(model.logits(model.session(), TOKENS) - expected).max() <= 1e-4
@@ -140,6 +147,12 @@ def fused(folder: Path, tmp_path: Path) -> bytes:
     ("name", "keys", "message"),
     [
         ("qwen2", {"attention.sliding_window": 16}, r"qwen2\.attention\.sliding_window = 16, only 0 is followed"),
+        ("qwen2", {"expert_count": 8}, r"qwen2\.expert_count = 8, only 0 is followed"),
+        ("mixtral", {"expert_gating_func": 2}, r"llama\.expert_gating_func = 2, only 1 is followed"),
+        ("granitemoe", {"expert_weights_norm": False}, r"expert_weights_norm = False, only True is followed"),
+        ("granitemoe", {"expert_shared_feed_forward_length": 64}, "shared_feed_forward_length = 64, only 0"),
+        ("qwen3moe", {"expert_weights_scale": 2.5}, r"expert_weights_scale = 2\.5, only 1"),
+        ("olmoe", {"expert_used_count": 0}, r"expert_used_count = 0, one positive number was expected"),
         ("qwen2", {"final_logit_softcapping": 30.0}, r"final_logit_softcapping = 30\.0, only 0"),
         ("phi2", {"rope.dimension_count": 80}, r"rope\.dimension_count = 80, 64 at most"),
         ("phi2", {"rope.dimension_sections": 3}, r"rope\.dimension_sections = 3, which is not followed"),
@@ -150,10 +163,18 @@ def fused(folder: Path, tmp_path: Path) -> bytes:
     ],
 )
 def test_what_is_not_followed(made, tmp_path: Path, name: str, keys: dict[str, Any], message: str) -> None:
-    case = dataclasses.replace(CASES[name], keys=CASES[name].keys | keys)
+    case = dataclasses.replace(ALL[name], keys=ALL[name].keys | keys)
     write(tmp_path / "x.gguf", case, made(name))
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize("name", ["olmoe", "qwen2moe", "qwen3moe"])
+def test_shares_are_normalised_where_the_file_says_so(made, tmp_path: Path, name: str, said: bool) -> None:
+    case = dataclasses.replace(ALL[name], keys=ALL[name].keys | {"expert_weights_norm": said})
+    write(tmp_path / "x.gguf", case, made(name))
+    assert facts(open_checkpoint(tmp_path / "x.gguf"))["experts"]["normalised"] is said
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4))

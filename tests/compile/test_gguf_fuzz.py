@@ -16,7 +16,7 @@ from flashinfer.checkpoint import open_checkpoint
 from flashinfer.errors import CheckpointError, StoreError
 from flashinfer.layout import find_layout, match_layout
 from flashinfer.text import check_files
-from tests.compile.gguf_files import METADATA, described, entry, forged, gguf_name, string
+from tests.compile.gguf_files import METADATA, described, entry, forged, gguf_name, string, write_mixture
 from tests.compile.test_gguf_tokenizer import BPE, SPM
 from tests.plain_checkpoint import LLAMA, fill, llama_shapes
 
@@ -28,7 +28,8 @@ MORE = [
     "split.count", "tokenizer.chat_template", *(f"tokenizer.ggml.{key}" for key in (
         "merges", "pre", "unknown_token_id", "eot_token_id", "add_bos_token", "add_space_prefix")),
     *(f"llama.{key}" for key in (
-        "expert_count", "attention.key_length", "attention.value_length", "attention.sliding_window",
+        "expert_count", "expert_used_count", "expert_gating_func", "attention.key_length", "attention.value_length",
+        "attention.sliding_window",
         "attention.causal", "rope.freq_base", "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor",
         "rope.scaling.original_context_length", "rope.scaling.attn_factor", "rope.scaling.yarn_beta_fast")),
 ]  # fmt: skip
@@ -124,6 +125,20 @@ def test_any_bytes(tmp_path: Path, tokenizer: dict[str, Any], data: st.DataObjec
     """Of the header, where nearly all of a small file's meaning is."""
     raw = bytearray(write(tmp_path / "x.gguf", SAID | tokenizer))
     for at in data.draw(st.lists(st.integers(0, len(raw) - len(body()[1]) - 1), min_size=1, max_size=3)):
+        raw[at] = data.draw(st.integers(0, 255))
+    (tmp_path / "x.gguf").write_bytes(raw)
+    use_or_refuse(tmp_path / "x.gguf")
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=FOLDER)
+@given(architecture=st.sampled_from(["llama", "granitemoe"]), data=st.data())
+def test_any_bytes_of_a_mixture(tmp_path: Path, architecture: str, data: st.DataObject) -> None:
+    """Shapes and names of the tensors that hold all experts among them."""
+    write_mixture(tmp_path / "x.gguf", architecture, {})
+    use(tmp_path / "x.gguf")
+    raw = bytearray((tmp_path / "x.gguf").read_bytes())
+    first = raw.index(np.full(8, 0.01, np.float32).tobytes())
+    for at in data.draw(st.lists(st.integers(0, first - 1), min_size=1, max_size=3)):
         raw[at] = data.draw(st.integers(0, 255))
     (tmp_path / "x.gguf").write_bytes(raw)
     use_or_refuse(tmp_path / "x.gguf")

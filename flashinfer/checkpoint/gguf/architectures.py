@@ -5,65 +5,14 @@ Tensor names need no table: the `gguf` library knows GGUF's name for each name a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
 
+from flashinfer.checkpoint.gguf.architecture import Architecture, Computed
 from flashinfer.checkpoint.gguf.forms import Form, head_by_head, keys_in_halves, queries_in_halves
 
 if TYPE_CHECKING:
     from flashinfer.checkpoint.gguf.description import Description
-
-Computed = Callable[["Description", Collection[str]], Any]
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How a GGUF file of one `general.architecture` says what config.json would.
-
-    Attributes:
-        hugging_face: the architecture config.json would name; it leads to the layout.
-        keys: config.json key -> metadata key, less the architecture's name in front. Those absent from the file are
-            left out, so that the layout's default counts or it says what is missing.
-        values: config.json key -> what holds for all files of the architecture and no metadata says.
-        present: config.json key -> the tensor whose presence makes it true.
-        absent: config.json key -> the tensor whose absence makes it true.
-        computed: config.json key -> what gives its value, from what the file says and the names of its tensors.
-        followed: keys of `NEUTRAL` that `computed` asks for.
-        rope: whether positions are rotary.
-        forms: tensors (`attn_q`, weight and bias; or `attn_norm.weight` alone) that are not laid out as Hugging Face's.
-        stacked: what in a layout's tensor name counts the rows of one tensor of the file -> what stands there for all.
-    """
-
-    hugging_face: str
-    keys: Mapping[str, str]
-    values: Mapping[str, Any] = field(default_factory=dict)
-    present: Mapping[str, str] = field(default_factory=dict)
-    absent: Mapping[str, str] = field(default_factory=dict)
-    computed: Mapping[str, Computed] = field(default_factory=dict)
-    followed: tuple[str, ...] = ()
-    rope: bool = True
-    forms: Mapping[str, Form] = field(default_factory=dict)
-    stacked: Mapping[str, str] = field(default_factory=dict)
-
-
-NEUTRAL: Mapping[str, Any] = {
-    "attention.causal": True,
-    "attention.clamp_kqv": 0,
-    "attention.max_alibi_bias": 0,
-    "attention.scale": 0,
-    "attention.sliding_window": 0,
-    "attention.temperature_scale": 0,
-    "attn_logit_softcapping": 0,
-    "embedding_scale": 1,
-    "expert_count": 0,
-    "final_logit_softcapping": 0,
-    "leading_dense_block_count": 0,
-    "logit_scale": 1,
-    "nextn_predict_layers": 0,
-    "residual_scale": 1,
-}
-"""Metadata keys that change the arithmetic, and the value that changes nothing: any other is followed or refused."""
 
 _SIZES = {
     "hidden_size": "embedding_length",
@@ -95,7 +44,22 @@ _GEMMA_NORMS = _NORMS | dict.fromkeys(
     ("attn_q_norm.weight", "attn_k_norm.weight", "post_attention_norm.weight", "post_ffw_norm.weight"), _ONE_MORE
 )
 _GEMMA_KEYS = _SIZES | _RMS | {"final_logit_softcapping": "final_logit_softcapping"}
+_GRANITE_KEYS = _SIZES | _RMS | {
+    "attention_multiplier": "attention.scale", "embedding_multiplier": "embedding_scale",
+    "logits_scaling": "logit_scale", "residual_multiplier": "residual_scale",
+}  # fmt: skip
 _WINDOW = "attention.sliding_window"
+_EXPERTS: dict[str, Computed] = {
+    "num_experts": lambda of, _: of.whole("expert_count"),
+    "num_experts_per_tok": lambda of, _: of.whole("expert_used_count"),
+}
+_SIZE, _SHARED_SIZE = "expert_feed_forward_length", "expert_shared_feed_forward_length"
+_NORMALISED = {"norm_topk_prob": "expert_weights_norm"}
+
+
+def _expert_size(of: Description, _: Collection[str]) -> int:
+    """Neurons of an expert; files older than the key are of models whose experts make up a dense layer."""
+    return of.whole(_SIZE) if _SIZE in of.said else of.whole("feed_forward_length") // of.whole("expert_used_count")
 
 
 def _query_scalar(largest: int) -> Computed:
@@ -104,7 +68,15 @@ def _query_scalar(largest: int) -> Computed:
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("LlamaForCausalLM", _SIZES | _RMS, present=_BIASES, forms=_PAIRS),
+    "llama": Architecture(
+        "LlamaForCausalLM",
+        _SIZES | _RMS,
+        present=_BIASES,
+        forms=_PAIRS,
+        mixture=Architecture(
+            "MixtralForCausalLM", _SIZES | _RMS, computed=_EXPERTS, followed=("expert_count",), forms=_PAIRS
+        ),
+    ),
     "arcee": Architecture("ArceeForCausalLM", _SIZES | _RMS, present=_BIASES, forms=_PAIRS),
     "bloom": Architecture(
         "BloomForCausalLM",
@@ -166,14 +138,18 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "granite": Architecture(
         "GraniteForCausalLM",
-        _SIZES | _RMS | {
-            "attention_multiplier": "attention.scale",
-            "embedding_multiplier": "embedding_scale",
-            "logits_scaling": "logit_scale",
-            "residual_multiplier": "residual_scale",
-        },
+        _GRANITE_KEYS,
         present=_BIASES,
         forms=_PAIRS,
+    ),
+    "granitemoe": Architecture(
+        "GraniteMoeForCausalLM",
+        _GRANITE_KEYS,
+        present={"attention_bias": _QKV_BIAS},
+        computed=_EXPERTS,
+        followed=("expert_count",),
+        forms=_PAIRS,
+        fused={"input_linear": ("experts.w1", "experts.w3")},
     ),
     "minicpm": Architecture(
         "MiniCPMForCausalLM",
@@ -206,10 +182,37 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         forms=_NORMS,
     ),
     "olmo2": Architecture("Olmo2ForCausalLM", _SIZES | _RMS, present={"attention_bias": _QKV_BIAS}),
+    "olmoe": Architecture(
+        "OlmoeForCausalLM",
+        _SIZES | _RMS | _NORMALISED,
+        values={"norm_topk_prob": False},
+        computed=_EXPERTS,
+        followed=("expert_count",),
+    ),
     "phi2": Architecture("PhiForCausalLM", _SIZES | {"layer_norm_eps": _LAYER}),
     "phi3": Architecture("Phi3ForCausalLM", _SIZES | _RMS | {"sliding_window": _WINDOW}),
     "qwen2": Architecture("Qwen2ForCausalLM", _SIZES | _RMS),
     "qwen3": Architecture("Qwen3ForCausalLM", _SIZES | _RMS, present={"attention_bias": _QKV_BIAS}),
+    "qwen2moe": Architecture(
+        "Qwen2MoeForCausalLM",
+        _SIZES | _RMS | _NORMALISED,
+        values={"norm_topk_prob": False},
+        present={"qkv_bias": _QKV_BIAS},
+        computed=_EXPERTS | {
+            "moe_intermediate_size": _expert_size,
+            "shared_expert_intermediate_size": lambda of, _: of.whole(_SHARED_SIZE, of.whole("feed_forward_length")),
+        },
+        followed=("expert_count", _SHARED_SIZE),
+        forms={"ffn_gate_inp_shexp": Form(one_row=True)},
+    ),
+    "qwen3moe": Architecture(
+        "Qwen3MoeForCausalLM",
+        _SIZES | _RMS | _NORMALISED,
+        values={"norm_topk_prob": True},
+        present={"attention_bias": _QKV_BIAS},
+        computed=_EXPERTS | {"moe_intermediate_size": _expert_size},
+        followed=("expert_count",),
+    ),
     "smollm3": Architecture("SmolLM3ForCausalLM", _SIZES | _RMS, present=_BIASES, forms=_PAIRS),
     "stablelm": Architecture(
         "StableLmForCausalLM",

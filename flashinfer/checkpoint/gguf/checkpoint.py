@@ -13,6 +13,7 @@ import numpy as np
 from flashinfer.checkpoint.base import Columns, TensorInfo, Words
 from flashinfer.checkpoint.gguf.config import model_config
 from flashinfer.checkpoint.gguf.description import Description
+from flashinfer.checkpoint.gguf.experts import Stacked, experts_apart
 from flashinfer.checkpoint.gguf.forms import Index, extents
 from flashinfer.checkpoint.gguf.names import Stored, form_of, stored_tensors
 from flashinfer.checkpoint.gguf.rope import FREQUENCIES, LONG, SHORT, Factors
@@ -49,12 +50,12 @@ class GgufCheckpoint:
         factors = {name: self._factors(inside[name]) for name in (FREQUENCIES, LONG, SHORT) if name in inside}
         self.config: Mapping[str, Any] = model_config(metadata, inside, factors)
         self._file.transpose(name for name in inside if form_of(of.architecture, name).transposed)
+        self._file.divide(experts_apart(inside))
         inside = {name: info for name, info in self._file.tensors.items() if name not in factors}
         layout = find_layout(self.config, inside)
-        self._stored = stored_tensors(of.name, layout, self.config, inside, of.layers, of.heads)
+        self._stored = stored_tensors(of, layout, self.config, inside)
         self.tensors: Mapping[str, TensorInfo] = {
-            name: TensorInfo(name, "f32" if stored.plus_one else inside[stored.name].dtype, stored.shape)
-            for name, stored in self._stored.items()
+            name: TensorInfo(name, stored.dtype(inside), stored.shape) for name, stored in self._stored.items()
         }
         self.text: Mapping[str, Path] = self._write_text(metadata)
 
@@ -75,6 +76,8 @@ class GgufCheckpoint:
     def read_rows(self, name: str, start: int, stop: int) -> Words:
         """See `Checkpoint.read_rows`."""
         stored = self._stored[name]
+        if isinstance(stored, Stacked):
+            return self._stacked(stored, start, stop)
         if len(stored.shape) == 1:
             return self._vector(stored)
         if stored.rows is None:
@@ -84,10 +87,22 @@ class GgufCheckpoint:
     def read_columns(self, name: str, columns: Columns) -> Words:
         """See `Checkpoint.read_columns`."""
         stored = self._stored[name]
+        if isinstance(stored, Stacked):
+            parts: list[Any] = [self._file.read_columns(part, columns) for part in stored.names]
+            return np.concatenate(parts)
         if len(stored.shape) == 1:
             return self._vector(stored)[:, columns]
         found = self._file.read_columns(stored.name, columns)
         return found if stored.rows is None else found[stored.rows]
+
+    def _stacked(self, stored: Stacked, start: int, stop: int) -> Words:
+        """Rows `[start, stop)` of what lies in several matrices of the file."""
+        rows = self._file.tensors[stored.names[0]].shape[0]
+        parts = range(start // rows, -(-stop // rows))
+        words: Words = np.concatenate([
+            self._file.read_rows(stored.names[i], max(0, start - i * rows), min(rows, stop - i * rows)) for i in parts
+        ])  # fmt: skip
+        return words
 
     def _vector(self, stored: Stored) -> Words:
         """All of it, `[1, length]`; where the file's tensor is a matrix, it is one of its rows."""
@@ -111,7 +126,8 @@ class GgufCheckpoint:
 
     def will_need(self, name: str) -> None:
         """See `Checkpoint.will_need`."""
-        self._file.will_need(self._stored[name].name)
+        for part in self._stored[name].names:
+            self._file.will_need(part)
 
     def close(self) -> None:
         """Close the file and remove the generated ones. Idempotent."""

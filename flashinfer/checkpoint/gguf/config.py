@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flashinfer.checkpoint.base import TensorInfo
-from flashinfer.checkpoint.gguf.architectures import NEUTRAL
+from flashinfer.checkpoint.gguf.architecture import NEUTRAL
 from flashinfer.checkpoint.gguf.description import Description
 from flashinfer.checkpoint.gguf.rope import Factors, rope_config
 

@@ -25,9 +25,11 @@ class Description:
         if not isinstance(name, str) or name not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise ValueError(f"its architecture is {str(name)[:40]!r}, known are {known}: get the model as safetensors")
-        self.name, self.architecture = name, ARCHITECTURES[name]
         mark = f"{name}."
         self.said: Mapping[str, Any] = {k.removeprefix(mark): v for k, v in metadata.items() if k.startswith(mark)}
+        self.name, self.architecture = name, ARCHITECTURES[name]
+        if self.architecture.mixture is not None and isinstance(experts := self.said.get("expert_count"), int):
+            self.architecture = self.architecture.mixture if experts else self.architecture
 
     def number(self, key: str, default: float | None = None) -> int | float:
         """A positive number; one for each layer where all are the same.

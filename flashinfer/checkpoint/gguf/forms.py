@@ -29,7 +29,8 @@ Order = Callable[[int, Heads], Index]
 
 @dataclass(frozen=True)
 class Form:
-    """What the file has done to a tensor: rows in another order, transposed (matrices), one more than it was (vectors).
+    """What the file has done to a tensor: rows in another order, transposed (matrices), one more than it was (vectors),
+    a vector made of a matrix of one row.
 
     At most one of them.
     """
@@ -37,6 +38,7 @@ class Form:
     order: Order | None = None
     transposed: bool = False
     plus_one: bool = False
+    one_row: bool = False
 
 
 @cache

@@ -10,12 +10,12 @@ import numpy as np
 from gguf import MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
 
 from flashinfer.checkpoint.base import TensorInfo
-from flashinfer.checkpoint.gguf.architectures import ARCHITECTURES, Architecture
+from flashinfer.checkpoint.gguf.architecture import Architecture
+from flashinfer.checkpoint.gguf.description import Description
+from flashinfer.checkpoint.gguf.experts import OF_EXPERTS, Stacked, Tensors, each_expert, stacked
 from flashinfer.checkpoint.gguf.forms import Form, Heads, Index
 from flashinfer.layout import Layout
 from flashinfer.layout.resolve import Resolver
-
-Tensors = Mapping[str, TensorInfo]
 
 _PARTS = ("attn_q", "attn_k", "attn_v")
 _MOST_ROWS = 1 << 24
@@ -35,34 +35,40 @@ class Stored:
     rows: Index | None = None
     plus_one: bool = False
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors of the file that it is made of."""
+        return (self.name,)
+
+    def dtype(self, inside: Tensors) -> str:
+        """Of its values."""
+        return "f32" if self.plus_one else inside[self.name].dtype
+
 
 def stored_tensors(
-    name: str, layout: Layout, config: Mapping[str, Any], inside: Tensors, layers: int, heads: Heads
-) -> dict[str, Stored]:
+    of: Description, layout: Layout, config: Mapping[str, Any], inside: Tensors
+) -> dict[str, Stored | Stacked]:
     """By the names of the layout; a tensor it has no place for keeps its own.
 
     Args:
-        name: the architecture.
-        layout: that of the architecture.
+        of: what the file says.
+        layout: that of its architecture.
         config: what config.json says.
-        inside: the file's tensors by GGUF's names, transposed ones already as the layout wants them.
-        layers: how many there are.
-        heads: of queries and keys.
+        inside: the file's tensors by GGUF's names, transposed ones already as the layout wants them, experts apart.
 
     Raises:
-        ValueError: more layers than tensors, or heads that do not divide a tensor's rows.
+        ValueError: more layers than tensors, heads that do not divide a tensor's rows, or experts that are not alike.
         LayoutError: the layout cannot follow the config.
     """
-    if not 0 < layers <= len(inside):
-        raise ValueError(f"it says {layers} layers for {len(inside)} tensors")
-    architecture = ARCHITECTURES[name]
-    table = get_tensor_name_map(next(k for k, v in MODEL_ARCH_NAMES.items() if v == name), layers)
-    found: dict[str, Stored] = {}
+    if not 0 < of.layers <= len(inside):
+        raise ValueError(f"it says {of.layers} layers for {len(inside)} tensors")
+    table = get_tensor_name_map(next(k for k, v in MODEL_ARCH_NAMES.items() if v == of.name), of.layers)
+    found: dict[str, Stored | Stacked] = {}
     for template in _templates(layout, config):
-        for i in range(layers) if "{i}" in template else (0,):
+        for i in range(of.layers) if "{i}" in template else (0,):
             theirs = [template.replace("{prefix}", prefix).replace("{i}", str(i)) for prefix in layout.prefixes]
-            found |= _place(theirs, architecture, table, inside, heads)
-    placed = {stored.name for stored in found.values()}
+            found |= _place(theirs, of.architecture, table, inside, of.heads)
+    placed = {name for some in found.values() for name in some.names}
     return found | {n: Stored(n, info.shape) for n, info in inside.items() if n not in placed}
 
 
@@ -74,9 +80,11 @@ def form_of(architecture: Architecture, name: str) -> Form:
 
 def _templates(layout: Layout, config: Mapping[str, Any]) -> Iterator[str]:
     """The names of the tensors that such a model has."""
-    resolver = Resolver(layout, config)
-    for pattern in layout.tensors.values():
+    resolver, experts = Resolver(layout, config), layout.experts
+    for pattern in (*layout.tensors.values(), *(experts.tensors.values() if experts is not None else ())):
         yield from [name for name, when in pattern.candidates if resolver.holds(when)][:1]
+    for neurons in experts.neurons.values() if experts is not None else ():
+        yield from (name for name in (neurons.name, neurons.shared) if name is not None)
 
 
 def _stem(name: str) -> str:
@@ -86,24 +94,41 @@ def _stem(name: str) -> str:
 
 def _place(
     names: Sequence[str], architecture: Architecture, table: TensorNameMap, inside: Tensors, heads: Heads
-) -> dict[str, Stored]:
-    """Where a tensor of a layout lies, if it does; all of them where its name counts rows of one tensor.
+) -> Mapping[str, Stored | Stacked]:
+    """Where a tensor of a layout lies, if it does; all of them where its name counts experts, or rows of one tensor.
 
     `names`: what the layout calls it, with each of its prefixes; the library knows some without.
     """
-    theirs = whole = names[0]
-    for part, instead in architecture.stacked.items():
-        names = [name.replace(part, instead) for name in names]
-        whole = names[0]
-    known = (table.get_name(name, try_suffixes=(".weight", ".bias")) for name in names)
-    ours = next((name for name in known if name is not None), None)
-    if ours is None:
+    theirs, called = names[0], _called(names, architecture, table)
+    if not called:
         return {}
-    if whole != theirs and ours in inside:
+    ours = called[0]
+    if "{e}" in theirs:
+        parts = enumerate(each_expert(ours, inside))
+        return {theirs.replace("{e}", str(e)): Stored(part, inside[part].shape) for e, part in parts}
+    if OF_EXPERTS in ours:
+        whole = stacked(called, inside)
+        return {} if whole is None else {theirs: whole}
+    if "{h}" in theirs and ours in inside:
         return _unstacked(theirs, inside[ours], heads)
     if ours in inside:
         return {theirs: _formed(inside[ours], None, architecture, ours, heads)}
     return _part_of_fused(theirs, ours, architecture, inside, heads)
+
+
+def _called(names: Sequence[str], architecture: Architecture, table: TensorNameMap) -> list[str]:
+    """What the file calls a tensor of a layout, less what counts in its name; several where it is made of several.
+
+    Empty: the library does not know it.
+    """
+    for part, instead in {".{e}": "", **architecture.stacked}.items():
+        names = [name.replace(part, instead) for name in names]
+    part, several = next((entry for entry in architecture.fused.items() if entry[0] in names[0]), ("", ("",)))
+    found: list[str] = []
+    for each in several:
+        known = (table.get_name(name.replace(part, each), try_suffixes=(".weight", ".bias")) for name in names)
+        found += [name for name in known if name is not None][:1]
+    return found
 
 
 def _unstacked(theirs: str, info: TensorInfo, heads: Heads) -> dict[str, Stored]:
@@ -136,6 +161,8 @@ def _formed(
 ) -> Stored:
     """A tensor of the file, or that part of it (first row, how many), with what was done to `called` undone."""
     form, (first, count) = form_of(architecture, called), part or (0, info.shape[0])
+    if form.one_row:
+        return Stored(info.name, (1, info.shape[-1]))
     if count > _MOST_ROWS:
         raise ValueError(f"tensor {info.name} has {count} rows")
     shape = (count, *info.shape[1:])

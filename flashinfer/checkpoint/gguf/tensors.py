@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +52,23 @@ class GgufFile(RawFile):
                 info = replace(place.info, shape=place.info.shape[::-1])
                 turned[name] = replace(place, info=info, transposed=True)
         self.places = {**self.places, **turned}
+
+    def divide(self, parts: Mapping[str, Sequence[str]]) -> None:
+        """Have the matrices that tensors of three axes hold be tensors of their own: `parts` has their names.
+
+        Raises CheckpointError: the file has a tensor of such a name beside.
+        """
+        places = {name: place for name, place in self.places.items() if name not in parts}
+        for name, names in parts.items():
+            place, size = self.places[name], self.places[name].bytes // len(names)
+            for i, part in enumerate(names):
+                if part in places:
+                    raise CheckpointError(f"{self.path} has {name} and {part}, which are the same; download it again")
+                info = replace(place.info, name=part, shape=place.info.shape[1:])
+                places[part] = Place(info, place.offset + i * size, size)
+                if name in self._quantised:
+                    self._quantised[part] = self._quantised[name]
+        self.places = places
 
     def _dtype(self, entry: TensorEntry) -> str:
         if entry.type in _PLAIN:
