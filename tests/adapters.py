@@ -18,12 +18,18 @@ A, B = "q_proj.lora_A.weight", "q_proj.lora_B.weight"
 MODULE = "base_model.model.model.layers.0.self_attn."
 
 
-def made_by_peft(base: Path, adapter: Path, *, safetensors: bool = True, seed: int = 1, **config: Any) -> np.ndarray:
-    """An adapter of random values under `adapter`; the logits of the model with it, unmerged, for `TOKENS`."""
+def made_by_peft(
+    base: Path, adapter: Path, *, model: Any = None, safetensors: bool = True, seed: int = 1, **config: Any
+) -> np.ndarray:
+    """An adapter of random values under `adapter`; the logits of the model with it, unmerged, for `TOKENS`.
+
+    `model`: the base's, where transformers does not make it of the checkpoint by itself.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if model is None:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # that biases change, or that a whole head is saved, as asked
         torch.manual_seed(seed)

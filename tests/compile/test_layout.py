@@ -293,7 +293,6 @@ class TestUnsupportedFacts:
         [
             ("hidden_act", "tanh", "hidden_act = 'tanh'; layout llama supports relu"),
             ("sliding_window", 4096, "sliding_window = 4096"),
-            ("quantization_config", {"bits": 4}, "quantization_config"),
             ("partial_rotary_factor", 0.5, "partial_rotary_factor = 0.5"),
             ("num_hidden_layers", None, "has no 'num_hidden_layers'"),
             ("num_hidden_layers", "two", "Expected `int`"),

@@ -155,5 +155,5 @@ class TestTextModelWithinAnother:
         assert found.embed_scale == 6.9375  # sqrt(48) in bfloat16
 
     def test_what_is_beside_it_counts_too(self):
-        with pytest.raises(LayoutError, match="quantization_config"):
-            facts("gemma3", {"text_config": GEMMA3, "quantization_config": {"bits": 4}})
+        with pytest.raises(LayoutError, match="attention_bias = True"):
+            facts("gemma3", {"text_config": GEMMA3, "attention_bias": True})

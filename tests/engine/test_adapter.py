@@ -398,26 +398,6 @@ class TestRefused:
         self.refuse(tmp_path / "store", tmp_path / "fused", r"c_attn\.weight, which the store holds in parts or turned")
 
 
-FUSED = {
-    "gpt2": ["c_attn", "c_fc", "c_proj"],
-    "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
-    "gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
-    "gptj": ["q_proj", "k_proj", "v_proj", "fc_in", "fc_out"],
-    "cohere": ["q_proj", "k_proj", "gate_proj", "down_proj"],
-}
-"""Families whose checkpoints hold several roles in one tensor, transposed, or with rotary pairs side by side."""
-
-
-@pytest.mark.parametrize("family", FUSED)
-def test_parts_of_a_matrix(tmp_path: Path, family: str) -> None:
-    base = make_family(family, tmp_path / "base")
-    pack(base, tmp_path / "store")
-    config = {"r": 3, "lora_alpha": 3, "target_modules": FUSED[family], "fan_in_fan_out": family == "gpt2"}
-    expected = made_by_peft(base, tmp_path / "adapter", **config)
-    assert np.abs(logits(tmp_path / "store", tmp_path / "adapter") - expected).max() <= 1e-4
-    assert np.abs(logits(tmp_path / "store", None) - expected).max() > 1e-2
-
-
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_half_precision_adapters_keep_their_type(tmp_path: Path, dtype: str) -> None:
     import torch
