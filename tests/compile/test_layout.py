@@ -375,6 +375,16 @@ class TestMatching:
         shapes = {**llama_shapes(), "model.layers.0.self_attn.rotary_emb.inv_freq": (2,)}
         assert match(LLAMA, shapes).sources == match(LLAMA, llama_shapes()).sources
 
+    def test_predictors_of_others(self):
+        """TurboSparse-Mistral's are left out, in a family that has none they are told."""
+        bamboo = {**LLAMA, "architectures": ["BambooForCausalLM"]}
+        guesses = {f"model.layers.{i}.mlp.predictor.fc{n}.weight": (8, 16) for i in (0, 1) for n in (1, 2)}
+        assert match(bamboo, {**llama_shapes(), **guesses}).sources == match(bamboo, llama_shapes()).sources
+        with pytest.raises(
+            LayoutError, match=r"no place for tensor model\.layers\.0\.mlp\.predictor\.fc1\.weight and 3"
+        ):
+            match(LLAMA, {**llama_shapes(), **guesses})
+
     def test_a_tied_head_may_be_there_twice(self):
         found = match({**LLAMA, "tie_word_embeddings": True}, llama_shapes())
         assert "head.weight" not in found.sources
