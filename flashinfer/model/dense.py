@@ -138,10 +138,11 @@ class DenseWeights:
         self._memory = np.empty(0, dtype=np.uint8)
 
     def _split(self, role: str, reads: Reads) -> list[_Block]:
-        """A matrix in blocks of as many whole row tiles as a piece holds."""
+        """A matrix in blocks of as many whole row tiles as a piece holds; one of less than a row tile is a block."""
         tensor = self._tensors[role]
         width = tensor.bytes // tensor.shape[0]
-        fit = (self._budget - 2 * self._alignment) // width // TILE_ROWS * TILE_ROWS
+        fit = (self._budget - 2 * self._alignment) // width
+        fit = tensor.shape[0] if fit >= tensor.shape[0] else fit // TILE_ROWS * TILE_ROWS
         blocks = []
         for first in range(0, tensor.shape[0], fit):
             rows = min(fit, tensor.shape[0] - first)
