@@ -158,10 +158,13 @@ class Model:
         return Session(self, self._decoder.new_kv(capacity, self._settled.request.run.kv_type), capacity)
 
     def save(self, session: Session) -> Iterator[Floats]:
-        """The session's keys and values, layer by layer: float32 `[2, length, kv_heads * head_dim]`."""
+        """The session's keys and values, layer by layer: float32 `[2, length, kv_heads * head_dim]`; the narrower of
+        them are filled up with zeros."""
         self._check_open()
         for kv in session.cache_of(self):
-            yield self._decoder.backend.fetch_kv(kv, session.length)
+            both = self._decoder.backend.fetch_kv(kv, session.length)
+            width = max(x.shape[1] for x in both)
+            yield np.stack([np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in both])
 
     def window(self) -> Window:
         """By layer, the records that each of the last tokens used, oldest first."""
@@ -176,13 +179,14 @@ class Model:
         """
         session = self.session(capacity)
         caches, backend = session.cache_of(self), self._decoder.backend
-        width, restored = self.facts.num_kv_heads * self.facts.head_dim, 0
+        keys, values = (self.facts.num_kv_heads * dim for dim in (self.facts.head_dim, self.facts.value_dim))
+        restored = 0
         for kv, (k, v) in zip(caches, layers, strict=False):
-            if k.shape[1] != width:
+            if k.shape[1] != max(keys, values):
                 break
             if len(k) > session.capacity:
                 raise PromptError(f"a session of {len(k)} tokens does not fit the context of {session.capacity}")
-            backend.append_kv(kv, 0, backend.place(k), backend.place(v), 0, len(k))
+            backend.append_kv(kv, 0, backend.place(k[:, :keys]), backend.place(v[:, :values]), 0, len(k))
             session.length, restored = len(k), restored + 1
         if restored != len(caches):
             raise SessionError("the session is not one of this model; start a new one")

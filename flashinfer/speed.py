@@ -133,7 +133,8 @@ def predict(c: Conditions, plan: Plan, *, prompt_tokens: int) -> Prediction:
     f = c.manifest.facts
     ffn, rest = step_cost(c, plan, 1)
     token = ffn + rest
-    kv = 4.0 * f.num_layers * f.num_kv_heads * f.head_dim * plan.context  # keys and values of half the context
+    values = f.num_kv_heads * (f.head_dim + f.value_dim)
+    kv = 2.0 * f.num_layers * values * plan.context  # keys and values of half the context
     dram = (token.weights + kv) / c.rates.dram
     compute = token.compute + kv / c.rates.dram
     disk = token.ahead + token.waited

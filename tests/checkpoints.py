@@ -70,6 +70,9 @@ def save(
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 _fill(name, parameter)
+            for name, buffer in model.named_buffers():
+                if name.endswith("correction_bias"):
+                    buffer.uniform_(-0.3, 0.3)
     path.mkdir(parents=True, exist_ok=True)
     model.to(getattr(torch, dtype)).save_pretrained(path, max_shard_size=max_shard_size, safe_serialization=True)
     return path

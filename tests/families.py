@@ -111,6 +111,9 @@ MINICPM: dict[str, Any] = {
     "hidden_act": "fatrelu", "hidden_act_param": FAT, "tie_word_embeddings": False,
 }  # fmt: skip
 EXPERTS: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+DEEPSEEK: dict[str, Any] = {
+    "moe_intermediate_size": 24, "kv_lora_rank": 20, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 14,
+}  # fmt: skip
 LONG = [1.0 + 0.7 * i for i in range(5)]
 CASES: dict[str, Case] = {
     "mistral": _case("mistral", sliding_window=None, head_dim=16),
@@ -182,6 +185,17 @@ CASES: dict[str, Case] = {
                         logits_scaling=7.0, residual_multiplier=0.22, attention_multiplier=0.15),
     "gpt_oss": _case("gpt_oss", num_local_experts=6, num_experts_per_tok=2, head_dim=12, sliding_window=24,
                      **_rope("yarn", factor=4.0, original_max_position_embeddings=24, truncate=False)),
+    "deepseek_v2": _no_groups("deepseek_v2", **DEEPSEEK, q_lora_rank=24, n_routed_experts=8, n_shared_experts=2,
+                              num_experts_per_tok=3, routed_scaling_factor=1.5, topk_method="group_limited_greedy",
+                              n_group=4, topk_group=2, first_k_dense_replace=1),
+    "deepseek_v2-lite": _no_groups("deepseek_v2", **DEEPSEEK, q_lora_rank=None, n_routed_experts=6, n_shared_experts=1,
+                                   num_experts_per_tok=2, attention_bias=True,
+                                   **_rope("yarn", factor=4.0, original_max_position_embeddings=24, mscale=0.707,
+                                           mscale_all_dim=0.707)),
+    "deepseek_v3": _case("deepseek_v3", **DEEPSEEK, num_key_value_heads=4, q_lora_rank=24, n_routed_experts=8,
+                         n_shared_experts=1, num_experts_per_tok=3, n_group=4, topk_group=2, first_k_dense_replace=2,
+                         **_rope("yarn", factor=4.0, original_max_position_embeddings=24, mscale=1.0,
+                                 mscale_all_dim=0.8)),
 }  # fmt: skip
 
 

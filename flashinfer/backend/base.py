@@ -135,8 +135,16 @@ class Backend(Protocol):
         """Rotary positions on `[tokens, heads * head_dim]`; cos, sin `[tokens, rotary_dim / 2]`, halves convention."""
         ...
 
-    def new_kv(self, kv_heads: int, head_dim: int, capacity: int, dtype: KvType) -> Buffer:
-        """Keys and values of one layer for `capacity` positions, zeroed, kept in `dtype`."""
+    def share(self, x: Buffer, shared: Buffer, heads: int) -> Buffer:
+        """Each of the heads of `x` `[tokens, heads * n]` with what they share `[tokens, m]` before it: `[tokens,
+        heads * (m + n)]`."""
+        ...
+
+    def new_kv(
+        self, kv_heads: int, head_dim: int, capacity: int, dtype: KvType, value_dim: int | None = None
+    ) -> Buffer:
+        """Keys and values of one layer for `capacity` positions, zeroed, kept in `dtype`. `value_dim` is of a head's
+        values, None where that is `head_dim`."""
         ...
 
     def append_kv(self, kv: Buffer, at: int, k: Buffer, v: Buffer, skip: int, count: int) -> None:
@@ -144,14 +152,14 @@ class Backend(Protocol):
         nearest, ties to even). Writes `kv`."""
         ...
 
-    def fetch_kv(self, kv: Buffer, count: int) -> Floats:
-        """The first `count` positions on the host: keys and values, float32 `[2, count, kv_heads * head_dim]`."""
+    def fetch_kv(self, kv: Buffer, count: int) -> tuple[Floats, Floats]:
+        """The first `count` positions on the host: keys `[count, kv_heads * head_dim]`, and values, in float32."""
         ...
 
     def attend(self, q: Buffer, kv: Buffer, first: int, heads: int, scoring: Scoring = PLAIN) -> Buffer:
         """Causal attention of rows at positions first, first+1, ... over `kv`, grouped-query where there are
-        fewer kv heads; softmax over key tiles of TILE_KEYS with a fixed order of sums. Keys beyond the window of all
-        of a tile's rows are not looked at."""
+        fewer kv heads: `[tokens, heads * value_dim]`. Softmax over key tiles of TILE_KEYS with a fixed order of sums.
+        Keys beyond the window of all of a tile's rows are not looked at."""
         ...
 
     def products(self, gate: Buffer, skip: int, count: int) -> Floats:

@@ -34,10 +34,11 @@ TASK_TOKENS = 8
 """Queries of one attention task of the native backend in prefill (`TOKENS` in native/engine.cpp)."""
 
 
-def native_scores(heads: int, kv_heads: int, head_dim: int, context: int) -> int:
+def native_scores(f: Facts, context: int) -> int:
     """Scores and sums one thread of the native backend keeps at most."""
-    group = heads // kv_heads
-    return 4 * group * max(1, TASK_TOKENS // group) * (round_up(context, TILE_TOKENS) + 2 * head_dim + 1)
+    group = f.num_heads // f.num_kv_heads
+    values = round_up(context, TILE_TOKENS) + f.head_dim + f.value_dim + 1
+    return 4 * group * max(1, TASK_TOKENS // group) * values
 
 
 UNPACK_PARTS = 8
@@ -73,8 +74,8 @@ NATIVE = Footprint(
     kv_unit=TILE_TOKENS,
     weights=lambda widest, values, bundle: 0,
     scores=lambda f, context, threads: (
-        threads * native_scores(f.num_heads, f.num_kv_heads, f.head_dim, context)
-        + native_prepared(max(f.hidden_size, f.embed_size, f.num_heads * f.head_dim))
+        threads * native_scores(f, context)
+        + native_prepared(max(f.hidden_size, f.embed_size, f.num_heads * max(f.head_dim, f.value_dim)))
     ),
     outputs=lambda threads: 0,
     growth=NATIVE_GROWTH,

@@ -49,11 +49,11 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Kv:
-    """Keys and values `[kv heads, positions, bytes]`, each position's `dim` values in that codec. `bits` are the same
+    """Keys and values `[kv heads, positions, bytes]`, each position's `dims` values in that codec. `bits` are the same
     as the kernels want them: float32, float16 seen as uint16, or rows of bytes."""
 
     codec: str
-    dim: int
+    dims: tuple[int, int]
     raw: tuple[Bytes, Bytes]
     bits: tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]
 
@@ -130,27 +130,31 @@ class NativeBackend:
 
     # -- attention
 
-    def new_kv(self, kv_heads: int, head_dim: int, capacity: int, dtype: KvType) -> Kv:
+    def share(self, x: Floats, shared: Floats, heads: int) -> Floats:
+        before = np.broadcast_to(shared[:, None], (len(x), heads, shared.shape[1]))
+        return np.concatenate([before, x.reshape(len(x), heads, -1)], axis=2).reshape(len(x), -1)
+
+    def new_kv(self, kv_heads: int, head_dim: int, capacity: int, dtype: KvType, value_dim: int | None = None) -> Kv:
         # whole tiles: the padding rows of a prompt's last tile may stand for positions beyond the capacity
-        codec = KV_CODECS[dtype]
-        shape = (kv_heads, round_up(capacity, TILE_TOKENS), codec_named(codec).row_bytes(head_dim))
-        k, v = (np.zeros(shape, dtype=np.uint8) for _ in "kv")
-        return Kv(codec, head_dim, (k, v), (k.view(_WORDS[dtype]), v.view(_WORDS[dtype])))
+        codec, dims = KV_CODECS[dtype], (head_dim, value_dim or head_dim)
+        positions = round_up(capacity, TILE_TOKENS)
+        k, v = (np.zeros((kv_heads, positions, codec_named(codec).row_bytes(dim)), dtype=np.uint8) for dim in dims)
+        return Kv(codec, dims, (k, v), (k.view(_WORDS[dtype]), v.view(_WORDS[dtype])))
 
     def append_kv(self, kv: Kv, at: int, k: Floats, v: Floats, skip: int, count: int) -> None:
         for cache, new in zip(kv.bits, (k, v), strict=True):
             self._engine.append(cache, at, new, skip, count)
 
-    def fetch_kv(self, kv: Kv, count: int) -> Floats:
-        heads, _, size = kv.raw[0].shape
-        out = np.empty((2, count, heads, kv.dim), dtype=np.float32)
-        for to, cache in zip(out, kv.raw, strict=True):
-            rows = cache[:, :count].reshape(heads * count, size)
-            to[:] = codec_named(kv.codec).decode(rows, kv.dim).reshape(heads, count, kv.dim).swapaxes(0, 1)
-        return out.reshape(2, count, heads * kv.dim)
+    def fetch_kv(self, kv: Kv, count: int) -> tuple[Floats, Floats]:
+        def fetched(cache: Bytes, dim: int) -> Floats:
+            heads, _, size = cache.shape
+            values = codec_named(kv.codec).decode(cache[:, :count].reshape(heads * count, size), dim)
+            return values.reshape(heads, count, dim).swapaxes(0, 1).reshape(count, heads * dim)
+
+        return fetched(kv.raw[0], kv.dims[0]), fetched(kv.raw[1], kv.dims[1])
 
     def attend(self, q: Floats, kv: Kv, first: int, heads: int, scoring: Scoring = PLAIN) -> Floats:
-        out, s = np.empty_like(q), scoring
+        out, s = np.empty((len(q), heads * kv.dims[1]), dtype=np.float32), scoring
         window = s.window or kv.bits[0].shape[1]
         self._engine.attend(out, q, *kv.bits, first, heads, window, s.softcap or 0.0, s.slopes, s.sinks)
         return out

@@ -147,28 +147,34 @@ class TorchBackend:
 
     # -- attention
 
-    def new_kv(self, kv_heads: int, head_dim: int, capacity: int, dtype: KvType) -> Kv:
-        codec = KV_CODECS[dtype]
-        shape = (-(-capacity // TILE_KEYS), kv_heads, TILE_KEYS, row_bytes(codec, head_dim))
-        k, v = (torch.zeros(shape, dtype=torch.uint8, device=self._device) for _ in "kv")
-        return Kv(k, v, codec, head_dim)
+    def share(self, x: Tensor, shared: Tensor, heads: int) -> Tensor:
+        before = shared[:, None].expand(-1, heads, -1)
+        return torch.cat((before, x.view(len(x), heads, -1)), dim=2).view(len(x), -1)
+
+    def new_kv(self, kv_heads: int, head_dim: int, capacity: int, dtype: KvType, value_dim: int | None = None) -> Kv:
+        codec, dims = KV_CODECS[dtype], (head_dim, value_dim or head_dim)
+        tiles = (-(-capacity // TILE_KEYS), kv_heads, TILE_KEYS)
+        k, v = (torch.zeros(*tiles, row_bytes(codec, d), dtype=torch.uint8, device=self._device) for d in dims)
+        return Kv(k, v, codec, dims)
 
     def append_kv(self, kv: Kv, at: int, k: Tensor, v: Tensor, skip: int, count: int) -> None:
         heads = kv.k.shape[1]
         at_tile = torch.arange(at, at + count, device=self._device)
         where = (at_tile // TILE_KEYS, slice(None), at_tile % TILE_KEYS)
-        for kept, new in ((kv.k, k), (kv.v, v)):
-            kept[where] = kv.encoded(new[skip : skip + count].view(count, heads, kv.dim))
+        for kept, new, dim in zip((kv.k, kv.v), (k, v), kv.dims, strict=True):
+            kept[where] = kv.encoded(new[skip : skip + count].view(count, heads, dim))
 
-    def fetch_kv(self, kv: Kv, count: int) -> Floats:
+    def fetch_kv(self, kv: Kv, count: int) -> tuple[Floats, Floats]:
         tiles = -(-count // TILE_KEYS)
-        values = [kv.floats(t[:tiles]) for t in (kv.k, kv.v)]
-        rows = [t.permute(0, 2, 1, 3).flatten(0, 1)[:count].flatten(1) for t in values]
-        host: Floats = torch.stack(rows).cpu().numpy()
-        return host
+
+        def fetched(values: Tensor) -> Floats:
+            host: Floats = values.permute(0, 2, 1, 3).flatten(0, 1)[:count].flatten(1).cpu().numpy()
+            return host
+
+        return fetched(kv.keys(0, tiles)), fetched(kv.values(0, tiles))
 
     def attend(self, q: Tensor, kv: Kv, first: int, heads: int, scoring: Scoring = PLAIN) -> Tensor:
-        out = torch.empty_like(q)
+        out = torch.empty(len(q), heads * kv.dims[1], device=self._device)
         step = 1 if q.shape[0] == 1 else TILE_TOKENS
         for t in range(0, q.shape[0], step):
             out[t : t + step] = attend_tile(q[t : t + step], kv, first + t, heads, scoring)

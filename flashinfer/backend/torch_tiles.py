@@ -44,26 +44,33 @@ def activated(x: Tensor, kind: Activation | UpActivation, threshold: float = 0.0
 
 @dataclass(frozen=True)
 class Kv:
-    """Keys and values `[key tiles, kv heads, TILE_KEYS, bytes]`, each position's `dim` values in a codec: the first n
+    """Keys and values `[key tiles, kv heads, TILE_KEYS, bytes]`, each position's `dims` values in a codec: the first n
     tiles are contiguous."""
 
     k: Tensor
     v: Tensor
     codec: str
-    dim: int
+    dims: tuple[int, int]
 
     def encoded(self, values: Tensor) -> Tensor:
         """Values `[..., dim]` as they are kept."""
         if self.codec == "int8g32":
-            rows = codec_named(self.codec).encode(values.reshape(-1, self.dim).cpu().numpy())
+            rows = codec_named(self.codec).encode(values.reshape(-1, values.shape[-1]).cpu().numpy())
             return torch.from_numpy(rows).view(*values.shape[:-1], -1).to(values.device)
         return values.to(DTYPES[self.codec]).view(torch.uint8)
 
-    def floats(self, kept: Tensor) -> Tensor:
-        """The inverse, in float32."""
+    def keys(self, low: int, end: int) -> Tensor:
+        """Keys of tiles `[low, end)` in float32."""
+        return self._floats(self.k[low:end], self.dims[0])
+
+    def values(self, low: int, end: int) -> Tensor:
+        """Values of tiles `[low, end)` in float32."""
+        return self._floats(self.v[low:end], self.dims[1])
+
+    def _floats(self, kept: Tensor, dim: int) -> Tensor:
         if self.codec == "int8g32":
-            values = torch.empty(*kept.shape[:-1], self.dim, device=kept.device)
-            unpack(kept.reshape(-1, kept.shape[-1]), self.codec, values.view(-1, self.dim))
+            values = torch.empty(*kept.shape[:-1], dim, device=kept.device)
+            unpack(kept.reshape(-1, kept.shape[-1]), self.codec, values.view(-1, dim))
             return values
         return kept.view(DTYPES[self.codec]).float()
 
@@ -80,11 +87,11 @@ def times(x: Tensor, w: Tensor) -> Iterator[tuple[int, Tensor]]:
 def attend_tile(q: Tensor, kv: Kv, first: int, heads: int, scoring: Scoring) -> Tensor:
     """Causal attention of rows at first .. first+step, which never straddle a key tile: all look at the same tiles."""
     step = q.shape[0]
-    kv_heads, dim = kv.k.shape[1], kv.dim
+    kv_heads, (dim, value_dim) = kv.k.shape[1], kv.dims
     group, end = heads // kv_heads, first // TILE_KEYS + 1
     low = 0 if scoring.window is None else max(0, first + 1 - scoring.window) // TILE_KEYS
     q = (q * dim**-0.5).view(step, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, group * step, dim)
-    scores = torch.matmul(q, kv.floats(kv.k[low:end]).transpose(-1, -2))
+    scores = torch.matmul(q, kv.keys(low, end).transpose(-1, -2))
     _score(scores.view(end - low, kv_heads, group, step, TILE_KEYS), first, low, scoring)
     most, sinks = scores.amax(dim=(0, 3), keepdim=True), None
     if scoring.sinks is not None:
@@ -92,14 +99,14 @@ def attend_tile(q: Tensor, kv: Kv, first: int, heads: int, scoring: Scoring) -> 
         sinks = sinks.reshape(1, kv_heads, group * step, 1)
         most = torch.maximum(most, sinks)
     weights = torch.exp(scores - most)
-    sums, outs = weights.sum(-1, keepdim=True), torch.matmul(weights, kv.floats(kv.v[low:end]))
+    sums, outs = weights.sum(-1, keepdim=True), torch.matmul(weights, kv.values(low, end))
     total, acc = sums[0], outs[0]
     for i in range(1, end - low):  # in order: a longer context only adds terms at the end
         total, acc = total + sums[i], acc + outs[i]
     if sinks is not None:
         total = total + torch.exp(sinks - most)[0]
-    y = (acc / total).view(kv_heads, group, step, dim).permute(2, 0, 1, 3)
-    return y.reshape(step, heads * dim)
+    y = (acc / total).view(kv_heads, group, step, value_dim).permute(2, 0, 1, 3)
+    return y.reshape(step, heads * value_dim)
 
 
 def _score(scores: Tensor, first: int, low: int, scoring: Scoring) -> None:

@@ -16,8 +16,8 @@ from flashinfer.config import COPY_CHUNK
 from flashinfer.errors import CheckpointError
 
 PACKABLE = ("f32", "f16", "bf16")
-_WORDS = {"f32": "<u4", "f16": "<u2", "bf16": "<u2", "I32": "<u4", "U8": "u1"}
-"""What can be read; the last two are no values, but what others pack codes in (`quantised/`)."""
+_WORDS = {"f32": "<u4", "f16": "<u2", "bf16": "<u2", "I32": "<u4", "U8": "u1", "F8_E4M3": "u1"}
+"""What can be read; the last three are no values to us, but what others have codes in (`quantised/`)."""
 
 
 @dataclass(frozen=True)

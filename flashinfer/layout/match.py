@@ -10,8 +10,9 @@ from typing import Any
 
 from flashinfer.errors import LayoutError
 from flashinfer.layout.experts import Checked, joined_roles
+from flashinfer.layout.read import known_layouts
 from flashinfer.layout.resolve import Resolver
-from flashinfer.layout.schema import Layout, TensorPattern, known_layouts
+from flashinfer.layout.schema import Layout, TensorPattern
 from flashinfer.layout.view import Joined, View, in_halves, taken_rows
 from flashinfer.store.facts import Facts
 from flashinfer.store.roles import is_required, role_shapes
@@ -171,7 +172,8 @@ def _view(layout: Layout, resolver: Resolver, role: str, d: _Declared, facts: Fa
         rows = taken_rows(total, resolver.size(p.groups), start, stop)
         if p.interleaved:
             assert facts.rope is not None
-            rows = in_halves(rows, facts.head_dim, facts.rope.rotary_dim)
+            head = facts.head_dim if p.head is None else resolver.size(p.head)
+            rows = in_halves(rows, head, facts.rope.rotary_dim, last=p.turned_last)
     except ValueError as e:
         raise LayoutError(f"layout {layout.family}: tensor {role}: {e}; see docs/layouts.md") from e
     width = () if len(shape) == 1 else (of[0 if p.transposed else 1],)
@@ -181,7 +183,8 @@ def _view(layout: Layout, resolver: Resolver, role: str, d: _Declared, facts: Fa
 
 
 def _check_extra(layout: Layout, resolver: Resolver, prefix: str, shapes: Shapes, used: set[str]) -> None:
-    ignored = [_regex(g.name, prefix) for g in layout.ignored if resolver.holds(g.when)]
+    beyond = str(resolver.value("num_layers"))
+    ignored = [_regex(g.name.replace("{n}", beyond), prefix) for g in layout.ignored if resolver.holds(g.when)]
     extra = [n for n in shapes if n not in used and not any(r.fullmatch(n) for r in ignored)]
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
@@ -231,4 +234,4 @@ def _names(layout: Layout) -> list[str]:
 
 def _regex(pattern: str, prefix: str) -> re.Pattern[str]:
     escaped = re.escape(pattern.replace("{prefix}", prefix))
-    return re.compile(re.sub(r"\\\{[ihe]\\\}", r"(?:0|[1-9]\\d*)", escaped).replace(r"\{any\}", ".*"))
+    return re.compile(re.sub(r"\\\{[ihen]\\\}", r"(?:0|[1-9]\\d*)", escaped).replace(r"\{any\}", ".*"))

@@ -12,10 +12,10 @@ import numpy as np
 from flashinfer.errors import LayoutError
 from flashinfer.layout.expression import parse_expression
 from flashinfer.layout.rope import read_rope
-from flashinfer.layout.schema import EXPERT, Condition, ExpertsSource, Layout, Scalar, Source
+from flashinfer.layout.schema import EXPERT, LATENT, Condition, ExpertsSource, Layout, Scalar, Source
 from flashinfer.layout.window import read_window
 from flashinfer.quant import codec_named
-from flashinfer.store.check import check_facts
+from flashinfer.store.check_facts import check_facts
 from flashinfer.store.facts import Facts
 
 Config = Mapping[str, Any]
@@ -40,6 +40,8 @@ class Resolver:
         values |= {} if self.layout.window is None else read_window(self, self.layout.window)
         if values.get("window") is None:
             values.pop("local_rope", None)
+        if self.layout.latent is not None:
+            values["latent"] = {name: self.value(LATENT + name) for name in self.layout.latent}
         if self.layout.experts is not None:
             values["experts"] = self._experts(self.layout.experts, values["num_layers"])
         try:
@@ -87,10 +89,12 @@ class Resolver:
         return self._values[name]
 
     def _source(self, name: str) -> Scalar | Source | tuple[Source, ...]:
-        """Where a fact comes from; those of experts have a prefix."""
-        experts = self.layout.experts
-        if experts is not None and name not in self.layout.facts:
+        """Where a fact comes from; those of experts and of latent attention have a prefix."""
+        experts, latent = self.layout.experts, self.layout.latent
+        if experts is not None and name.startswith(EXPERT):
             return experts.facts[name.removeprefix(EXPERT)]
+        if latent is not None and name.startswith(LATENT):
+            return latent[name.removeprefix(LATENT)]
         return self.layout.facts[name]
 
     def size(self, text: str) -> int:
@@ -117,6 +121,8 @@ class Resolver:
         elif condition.differ is not None:
             first, second = condition.differ
             value = self.value(first) != self.value(second)
+        elif condition.there:
+            value = self.find(msgspec.structs.replace(_as_source(condition), optional=True), name) is not None
         else:
             value = self.find(_as_source(condition), name)
             value = value if condition.equals is None else value == condition.equals
@@ -175,7 +181,7 @@ class Resolver:
         try:
             if any(type(number) not in (int, float) for number in (value, factor)):
                 raise TypeError
-            result = float(value) if source.power is None else math.pow(value, source.power)
+            result = value if source.power is None else math.pow(value, source.power)
             return self._rounded(result * factor) if source.rounded else result * factor
         except (TypeError, ValueError, OverflowError) as e:
             raise self.unfit(f"{name} is computed from {str(value)[:40]}, a positive number was expected") from e

@@ -27,15 +27,17 @@ _KEYS = {
 _ORIGINAL = "original_max_position_embeddings"
 
 
-def read_rope(values: Values, source: RopeSource) -> dict[str, Rope]:
-    """Rotary positions as transformers reads them from this config.json: the facts `rope` and `local_rope`.
+def read_rope(values: Values, source: RopeSource) -> dict[str, Any]:
+    """Rotary positions as transformers reads them from this config.json: the facts `rope` and `local_rope`, and
+    `attention_scale` where the table says it.
 
     `dynamic` scaling changes nothing within `max_position_embeddings`, and no run goes beyond that: it is none here.
     Raises LayoutError for a type, or a key of its table, that is not known.
     """
     table: Any = next((values.config[key] for key in source.parameters if values.config.get(key)), {})
     if source.local_theta is None:
-        return {"rope": _rope(values, source, source.theta, table)}
+        scale = _attention_scale(values, table) if source.mscale else {}
+        return {"rope": _rope(values, source, source.theta, table)} | scale
     by_kind = isinstance(table, dict) and bool(set(table) & {FULL, SLIDING})
     tables = table if by_kind else {FULL: table}
     return {
@@ -115,15 +117,27 @@ def _scaling(values: Values, kind: str, table: Mapping[str, Any]) -> dict[str, A
     return fields
 
 
+def _mscale(factor: float, weight: float) -> float:
+    """By how much YaRN stretches queries and keys (arXiv 2309.00071, section 3.4), as DeepSeek weighs it."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
 def _yarn_attention(factor: float, original: int, table: Mapping[str, Any]) -> float:
-    """arXiv 2309.00071, section 3.4; with two `mscale` the quotient DeepSeek made of it."""
-
-    def mscale(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
+    """With two `mscale` the quotient DeepSeek made of it."""
     if table.get("mscale") and table.get("mscale_all_dim"):
-        return mscale(table["mscale"]) / mscale(table["mscale_all_dim"])
-    return mscale(1.0)
+        return _mscale(factor, table["mscale"]) / _mscale(factor, table["mscale_all_dim"])
+    return _mscale(factor, 1.0)
+
+
+def _attention_scale(values: Values, table: Any) -> dict[str, float]:
+    """Where the table has `mscale_all_dim`, which stretches both factors of a product; a table that is none is told
+    later."""
+    weight, factor = (table.get(key) if isinstance(table, dict) else None for key in ("mscale_all_dim", "factor"))
+    if not weight:
+        return {}
+    if not isinstance(weight, int | float) or not isinstance(factor, int | float):
+        raise values.unfit(f"rope parameters {str(table)[:120]} are not understood: numbers were expected")
+    return {"attention_scale": values.value("head_dim") ** -0.5 * _mscale(factor, weight) ** 2}
 
 
 def _longrope_attention(factor: float, original: int, table: Mapping[str, Any]) -> float:

@@ -1,28 +1,11 @@
-"""A layout file: TOML -> frozen `Layout`, every key known or an error. `docs/layouts.md` explains each."""
+"""What a layout file says, as frozen structs: every key known or an error. `docs/layouts.md` explains each."""
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Callable
-from functools import cache
-from pathlib import Path
-from typing import Any
-
 import msgspec
 
-from flashinfer.errors import LayoutError
-from flashinfer.layout.expression import Expression, parse_expression
-from flashinfer.store.facts import Experts, Facts
-
-SCHEMA = 1
-_OWN_TABLES = ("family", "rope", "local_rope", "window", "global_layers", "experts")
-"""Facts that a layout says elsewhere: at its head, in `[rope]`, `[window]` and `[experts]`."""
-_REQUIRED_FACTS = {f.name for f in msgspec.structs.fields(Facts) if f.required and f.name not in _OWN_TABLES}
-_FACTS = {f.name for f in msgspec.structs.fields(Facts) if f.name not in _OWN_TABLES}
-_EXPERT_FACTS = {f.name for f in msgspec.structs.fields(Experts) if f.name != "dense"}
-_REQUIRED_EXPERT_FACTS = {f.name for f in msgspec.structs.fields(Experts) if f.required}
-EXPERT = "expert_"
-"""Before the name of a fact of experts, in expressions."""
+EXPERT, LATENT = "expert_", "latent_"
+"""Before the name of a fact of experts, or of latent attention, in expressions."""
 
 Scalar = bool | int | float | str
 
@@ -68,11 +51,13 @@ class RotatedLayers(_Strict, frozen=True):
 
 
 class Condition(_Strict, frozen=True):
-    """A yes or no: a config key (with a default) that is boolean or `equals` that, or whether two facts differ."""
+    """A yes or no: a config key (with a default) that is boolean, `equals` that, or is `there` and not null; or whether
+    two facts differ."""
 
     key: str | None = None
     default: Scalar | None = None
     equals: Scalar | None = None
+    there: bool = False
     differ: tuple[str, str] | None = None
 
 
@@ -81,7 +66,7 @@ class RopeSource(_Strict, frozen=True):
 
     Where not all of `when` hold there are none. Of `rotary_dim` values a share `partial` is turned, where it is given
     here or in the table. `local_theta`: layers with a window have a rope of their own (Gemma 3), unscaled unless the
-    table says so.
+    table says so. `mscale`: the table's `mscale_all_dim` scales attention, too (DeepSeek).
     """
 
     theta: Source
@@ -90,6 +75,7 @@ class RopeSource(_Strict, frozen=True):
     partial: Source | None = None
     layers: RotatedLayers | None = None
     local_theta: Source | None = None
+    mscale: bool = False
     when: tuple[str, ...] = ()
 
 
@@ -120,8 +106,9 @@ class TensorPattern(_Strict, frozen=True):
     `when` names conditions that must all hold (`not X` for the opposite); where they do not, the first tensor of
     `otherwise` whose own conditions hold plays the role, if there is one. `optional` tensors may be absent.
     The rest says what is taken of tensors of the shape `of`: `transposed` ones are `[in, out]`; `rows` (start, stop)
-    of each of `groups` equal parts; `interleaved` rows of heads are put in halves; `plus` is added to vectors;
-    `each` is how many vectors `{h}` in the name stands for.
+    of each of `groups` equal parts; `interleaved` rows of heads, of `head` rows each (None: `head_dim`), are put in
+    halves, and come first where they were the last (`turned_last`); `plus` is added to vectors; `each` is how many
+    vectors `{h}` in the name stands for.
     """
 
     name: str
@@ -134,6 +121,8 @@ class TensorPattern(_Strict, frozen=True):
     rows: tuple[str, str] | None = None
     groups: str = "1"
     interleaved: bool = False
+    turned_last: bool = False
+    head: str | None = None
     plus: float = 0.0
     each: str | None = None
 
@@ -186,14 +175,15 @@ class ExpertsSource(_Strict, frozen=True):
     """A mixture of experts: its facts, and the roles that its layers have beside those of `Layout.tensors`, or in
     place of them: `tensors` as there, and `neurons`, which experts have each for themselves."""
 
-    facts: dict[str, Scalar | Source]
+    facts: dict[str, Scalar | Source | tuple[Source, ...]]
     tensors: dict[str, TensorPattern]
     neurons: dict[str, ExpertPattern]
     layers: ExpertLayers = ExpertLayers()
 
 
 class Ignored(_Strict, frozen=True):
-    """Tensors that may be in a checkpoint and carry nothing the model needs; `{any}` stands for any text."""
+    """Tensors that may be in a checkpoint and carry nothing the model needs; `{any}` stands for any text, `{n}` for the
+    number of the layer that would come after the last."""
 
     name: str
     when: tuple[str, ...] = ()
@@ -219,144 +209,4 @@ class Layout(_Strict, frozen=True):
     rope: RopeSource | None = None
     window: WindowSource | None = None
     experts: ExpertsSource | None = None
-
-
-def read_layout(path: Path) -> Layout:
-    """Read and check a layout file.
-
-    Raises:
-        LayoutError: it cannot be read, is no TOML, or breaks the schema; says where.
-    """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise LayoutError(f"layout {path} cannot be read: {e.strerror}") from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise LayoutError(f"layout {path} is not valid TOML: {e}") from e
-    return parse_layout(table, str(path))
-
-
-def parse_layout(table: dict[str, Any], where: str) -> Layout:
-    """A checked layout from parsed TOML; `where` names it in errors. Raises LayoutError."""
-    if table.get("schema") != SCHEMA:
-        raise LayoutError(f"layout {where} has schema {table.get('schema')!r}; this version reads schema {SCHEMA}")
-    try:
-        layout = msgspec.convert(table, Layout)
-    except msgspec.ValidationError as e:
-        raise LayoutError(f"layout {where}: {e}; see docs/layouts.md") from e
-    _check(layout, where)
-    return layout
-
-
-def _check(layout: Layout, where: str) -> None:
-    """What the types cannot say."""
-
-    def need(condition: bool, what: str) -> None:
-        if not condition:
-            raise LayoutError(f"layout {where}: {what}; see docs/layouts.md")
-
-    facts = set(layout.facts)
-    need(facts <= _FACTS, f"unknown fact {', '.join(sorted(facts - _FACTS))}")
-    need(facts >= _REQUIRED_FACTS, f"missing fact {', '.join(sorted(_REQUIRED_FACTS - facts))}")
-    need(bool(layout.architectures) and bool(layout.prefixes), "architectures and prefixes must not be empty")
-    for name, source in layout.facts.items():
-        if isinstance(source, tuple):
-            need(source != () and not source[-1].when, f"fact {name} has no source that always counts, at its end")
-        elif isinstance(source, Source):
-            sources = (source.key is not None or source.expr is not None) + (source.when is not None)
-            need(sources == 1, f"fact {name} must have either key or expr, or when")
-            need(source.default is None or source.expr is None, f"fact {name} has both default and expr")
-    for name, c in layout.conditions.items():
-        need((c.key is None) != (c.differ is None), f"condition {name} must have either key or differ")
-        need(c.differ is None or set(c.differ) <= facts, f"condition {name} compares unknown facts")
-        need(name not in facts, f"condition {name} has the name of a fact")
-    known = set(layout.conditions) | facts
-    if layout.experts is not None:
-        _check_experts(layout.experts, need)
-        facts |= {EXPERT + name for name in layout.experts.facts}
-    for role, pattern in _patterns(layout):
-        _check_tensor(layout, role, pattern, need)
-    dependent = [named for _, p in _patterns(layout) for named in p.candidates]
-    dependent += [(entry.name, entry.when) for entry in layout.ignored]
-    dependent += [(f"fact {name}", s.when or ()) for name, s in _sources(layout)]
-    dependent += [(name, t.when) for name, t in (("rope", layout.rope), ("window", layout.window)) if t is not None]
-    for name, when in dependent:
-        unknown = {w.removeprefix("not ") for w in when} - known
-        need(not unknown, f"{name} depends on the unknown condition {', '.join(sorted(unknown))}")
-    for text, expression in _expressions(layout, where):
-        need(expression.names <= facts, f"{text!r} names a fact that is not there")
-
-
-def _patterns(layout: Layout) -> list[tuple[str, TensorPattern]]:
-    experts = {} if layout.experts is None else layout.experts.tensors
-    return [*layout.tensors.items(), *experts.items()]
-
-
-def _check_experts(experts: ExpertsSource, need: Callable[[bool, str], None]) -> None:
-    facts = set(experts.facts)
-    need(facts <= _EXPERT_FACTS, f"unknown fact of experts {', '.join(sorted(facts - _EXPERT_FACTS))}")
-    missing = _REQUIRED_EXPERT_FACTS - facts
-    need(not missing, f"missing fact of experts {', '.join(sorted(missing))}")
-    need(all("{i}" in role for role in (*experts.tensors, *experts.neurons)), "a role of experts is one of a layer")
-    for role, p in _expert_patterns(experts):
-        need("{i}" in p.name and (p.shared is None or "{i}" in p.shared), f"tensor {role}: its names lack {{i}}")
-        need(p.every > 0, f"tensor {role} takes every {p.every}-th row")
-        sides = 1 if role.endswith(".bias") else 2
-        need(all(len(s) == sides for s in (p.shape, p.of or p.shape)), f"tensor {role} has other than {sides} sides")
-        need(sides == 2 or not p.transposed, f"tensor {role}: a vector cannot be transposed")
-
-
-def _expert_patterns(experts: ExpertsSource) -> list[tuple[str, ExpertPattern]]:
-    return [(role, each) for role, p in experts.neurons.items() for each in p.candidates]
-
-
-def _check_tensor(layout: Layout, role: str, pattern: TensorPattern, need: Callable[[bool, str], None]) -> None:
-    p, vector = pattern, len(pattern.shape) == 1
-    for name, _ in p.candidates:
-        need(("{i}" in role) == ("{i}" in name), f"tensor {role}: role and name disagree about {{i}}")
-    need(p.otherwise == () or p.when != (), f"tensor {role} has otherwise and no when")
-    need(p.shape != (), f"tensor {role} has no shape")
-    need(vector or (p.plus == 0.0 and p.each is None), f"tensor {role}: only vectors have plus and each")
-    need(("{h}" in p.name) == (p.each is not None), f"tensor {role}: name and each disagree about {{h}}")
-    need(p.groups == "1" or p.rows is not None, f"tensor {role} has groups and no rows")
-    need(not (vector and p.transposed), f"tensor {role}: a vector cannot be transposed")
-    need(not p.interleaved or layout.rope is not None, f"tensor {role} is interleaved without [rope]")
-
-
-def _sources(layout: Layout) -> list[tuple[str, Source]]:
-    """Every source of a fact, with the fact's name."""
-    found = [(name, (s,) if isinstance(s, Source) else s) for name, s in layout.facts.items()]
-    return [(name, s) for name, some in found if isinstance(some, tuple) for s in some]
-
-
-def _expressions(layout: Layout, where: str) -> list[tuple[str, Expression]]:
-    sources = [s for _, s in _sources(layout)]
-    sources += [s.times for s in sources if s.times is not None]
-    texts = [s.expr for s in sources if s.expr is not None]
-    for _, p in _patterns(layout):
-        texts += [*p.shape, *(p.of or ()), *(p.rows or ()), p.groups, *([] if p.each is None else [p.each])]
-    if layout.experts is not None:
-        texts += [s.expr for s in layout.experts.facts.values() if isinstance(s, Source) and s.expr is not None]
-        for _, e in _expert_patterns(layout.experts):
-            texts += [*e.shape, *(e.of or ()), *(e.rows or ())]
-    if layout.rope is not None and (turned := layout.rope.rotary_dim):
-        texts += [turned] if isinstance(turned, str) else [turned.expr] if turned.expr else []
-    try:
-        return [(text, parse_expression(text)) for text in texts]
-    except ValueError as e:
-        raise LayoutError(f"layout {where}: {e}; see docs/layouts.md") from e
-
-
-@cache
-def known_layouts() -> tuple[Layout, ...]:
-    """Every layout that ships, by family: from the wheel, or from `layouts/` of a source checkout.
-
-    Raises:
-        LayoutError: one of them breaks the schema, or the installation lost them.
-    """
-    package = Path(__file__).resolve().parents[1]
-    for directory in (package / "layouts", package.parent / "layouts"):
-        files = sorted(directory.glob("*.toml"))
-        if files:
-            return tuple(read_layout(path) for path in files)
-    raise LayoutError(f"no layouts beside {package}; the installation is incomplete: install it again")
+    latent: dict[str, Scalar | Source] | None = None

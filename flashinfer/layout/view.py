@@ -32,15 +32,17 @@ def taken_rows(total: int, groups: int, start: int, stop: int) -> Index:
     return (np.arange(groups)[:, None] * (total // groups) + np.arange(start, stop)).reshape(-1)
 
 
-def in_halves(rows: Index, head_dim: int, rotary_dim: int) -> Index:
-    """Rows of whole heads whose rotary pairs lie side by side (GPT-J), as the halves convention wants them.
+def in_halves(rows: Index, head_dim: int, rotary_dim: int, *, last: bool = False) -> Index:
+    """Rows of whole heads whose rotary pairs lie side by side (GPT-J), as the halves convention wants them: first in
+    their head, wherever they were (`last`: at its end, as in DeepSeek).
 
     Raises ValueError where they are no whole heads.
     """
     if len(rows) % head_dim:
         raise ValueError(f"{len(rows)} rows are no whole heads of {head_dim}")
     turned = np.arange(rotary_dim).reshape(-1, 2).T.reshape(-1)
-    order = np.concatenate([turned, np.arange(rotary_dim, head_dim)])
+    rest = np.arange(head_dim - rotary_dim)
+    order = np.concatenate([turned + len(rest), rest] if last else [turned, rest + rotary_dim])
     return rows.reshape(-1, head_dim)[:, order].reshape(-1)
 
 

@@ -73,8 +73,9 @@ def least_plan(m: Manifest, r: Request, *, streams: bool) -> Plan:
 
 def _kv_cache(f: Facts, r: Request) -> int:
     """Bytes of the keys and values of one session."""
-    rows = 2 * f.num_layers * f.num_kv_heads * round_up(r.context, r.footprint.kv_unit)
-    return rows * codec_named(KV_CODECS[r.run.kv_type]).row_bytes(f.head_dim)
+    rows = f.num_layers * f.num_kv_heads * round_up(r.context, r.footprint.kv_unit)
+    codec = codec_named(KV_CODECS[r.run.kv_type])
+    return rows * (codec.row_bytes(f.head_dim) + codec.row_bytes(f.value_dim))
 
 
 def _activations(m: Manifest, r: Request) -> int:
@@ -84,6 +85,7 @@ def _activations(m: Manifest, r: Request) -> int:
     width = (
         (10 + f.parallel + r.footprint.outputs(r.threads)) * f.hidden_size
         + 4 * f.num_heads * f.head_dim
+        + (0 if f.latent is None else 2 * f.num_heads * f.head_dim + 2 * (f.latent.kv_rank + (f.latent.q_rank or 0)))
         + (5 * f.intermediate_size if any(layer.experts is None for layer in m.layers) else 0)
         + r.adapter.values
     )

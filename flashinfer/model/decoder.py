@@ -86,7 +86,9 @@ class Decoder:
     def new_kv(self, capacity: int, kv_type: KvType) -> list[Buffer]:
         """Empty keys and values for every layer."""
         f = self.facts
-        return [self.backend.new_kv(f.num_kv_heads, f.head_dim, capacity, kv_type) for _ in range(f.num_layers)]
+        return [
+            self.backend.new_kv(f.num_kv_heads, f.head_dim, capacity, kv_type, f.value_dim) for _ in range(f.num_layers)
+        ]
 
     def forward(self, tokens: Index, rows: Rows, kv: list[Buffer]) -> Buffer:
         """Hidden states `[rows.total, hidden]` after the last layer. Writes `kv` at the rows' positions."""
@@ -170,10 +172,25 @@ class Decoder:
 
     def _attention(self, layer: int, x: Buffer, rows: Rows, kv: Buffer) -> Buffer:
         f, name = self.facts, f"layers.{layer}.attn"
-        q, k, v = (self._linear(f"{name}.{part}", x) for part in "qkv")
-        q, k = self._heads.prepare(layer, "q", q, rows), self._heads.prepare(layer, "k", k, rows)
+        if f.latent is None:
+            q, k, v = (self._linear(f"{name}.{part}", x) for part in "qkv")
+            q, k = self._heads.prepare(layer, "q", q, rows), self._heads.prepare(layer, "k", k, rows)
+        else:
+            q, k, v = self._decompressed(layer, x, rows)
         self.backend.append_kv(kv, rows.start, k, v, rows.skip, rows.count)
         return self._linear(f"{name}.o", self.backend.attend(q, kv, rows.first, f.num_heads, self._scoring[layer]))
+
+    def _decompressed(self, layer: int, x: Buffer, rows: Rows) -> tuple[Buffer, Buffer, Buffer]:
+        """Queries, keys and values of latent attention (see `facts.Latent`), for all heads in full."""
+        name = f"layers.{layer}.attn"
+        if self.weights.has(f"{name}.q_a.weight"):
+            q = self._linear(f"{name}.q_b", self._norm(self._linear(f"{name}.q_a", x), f"{name}.q_a_norm"))
+        else:
+            q = self._linear(f"{name}.q", x)
+        latent = self._norm(self._linear(f"{name}.kv_a", x), f"{name}.kv_a_norm")
+        turned = self._heads.turn(layer, self._linear(f"{name}.k_rope", x), rows, shared=True)
+        k = self.backend.share(self._linear(f"{name}.k_b", latent), turned, self.facts.num_heads)
+        return self._heads.prepare(layer, "q", q, rows), k, self._linear(f"{name}.v_b", latent)
 
     def _fed(self, layer: int, x: Buffer, residual: Buffer, rows: Rows) -> Buffer:
         """The feed-forward part, whichever it is."""

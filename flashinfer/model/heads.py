@@ -31,13 +31,17 @@ class Heads:
         """Queries or keys of a layer as attention wants them, which divides products by `sqrt(head_dim)`. May
         overwrite `x`."""
         f = self._facts
-        x = self._norm(f"layers.{layer}.attn.{part}_norm", x)
-        if (rope := f.rope_of(layer)) is not None:
-            cos, sin = (t[rows.first : rows.first + rows.total] for t in self._tables[rope])
-            x = self._backend.rotate(x, f.head_dim, cos, sin)
+        x = self.turn(layer, self._norm(f"layers.{layer}.attn.{part}_norm", x), rows)
         if part == "q" and f.attention_scale is not None:
             x = self._backend.multiply(x, f.attention_scale * math.sqrt(f.head_dim))
         return x
+
+    def turn(self, layer: int, x: Buffer, rows: Rows, *, shared: bool = False) -> Buffer:
+        """Rotary positions on whole heads; or on the turned part alone `[tokens, rotary_dim]`, which heads share."""
+        if (rope := self._facts.rope_of(layer)) is None:
+            return x
+        cos, sin = (t[rows.first : rows.first + rows.total] for t in self._tables[rope])
+        return self._backend.rotate(x, rope.rotary_dim if shared else self._facts.head_dim, cos, sin)
 
     def _norm(self, name: str, x: Buffer) -> Buffer:
         f, backend = self._facts, self._backend

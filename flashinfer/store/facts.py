@@ -85,6 +85,21 @@ class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.count + (self.shared_size > 0)
 
 
+class Latent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values of all heads come from
+    one vector of `kv_rank` values, queries from one of `q_rank` (None: from the layer's input).
+
+    A head's queries and keys are `rope_dim` values that are turned, which for keys all heads share, and `nope_dim`
+    that are not; its values are `value_dim`.
+    """
+
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    q_rank: int | None = None
+
+
 class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Shape and arithmetic of a decoder. Sizes are counts of values.
 
@@ -108,6 +123,7 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `embed_norm`: what comes into the first layer is normed (BLOOM).
     `fires_above`: a neuron with a sparse activation fires where its decision product exceeds it.
     `experts`: of a mixture of experts; `intermediate_size` is then that of its dense layers.
+    `latent`: of multi-head latent attention; `head_dim` is then that of queries and keys.
     """
 
     family: str
@@ -147,6 +163,12 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     embed_norm: bool = False
     sinks: bool = False
     experts: Experts | None = None
+    latent: Latent | None = None
+
+    @property
+    def value_dim(self) -> int:
+        """Values of a head, of `v` and of attention's output."""
+        return self.head_dim if self.latent is None else self.latent.value_dim
 
     def window_of(self, layer: int) -> int | None:
         """How many positions attention sees in a layer; None: all."""
@@ -195,17 +217,17 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 LATER_FACTS: frozenset[str] = frozenset({
     "parallel", "qk_norm", "embed_scale", "residual_scale", "logit_scale", "attention_scale", "window",
     "global_layers", "local_rope", "attention_softcap", "logit_softcap", "fires_above",
-    "alibi", "alibi_scaled", "embed_norm", "sinks", "experts",
+    "alibi", "alibi_scaled", "embed_norm", "sinks", "experts", "latent",
     "attention_factor", "beta_fast", "beta_slow", "truncate", "short_factor", "long_factor", "skipped",
 })  # fmt: skip
 """Facts that came after the first stores: written only where they differ from their defaults."""
 
 
-def facts_table(facts: Facts | Rope | Experts) -> dict[str, Any]:
+def facts_table(facts: Facts | Rope | Experts | Latent) -> dict[str, Any]:
     """The facts as a manifest has them, in the order of their declaration."""
     table: dict[str, Any] = {}
     for field in msgspec.structs.fields(facts):
         value = getattr(facts, field.name)
         if field.name not in LATER_FACTS or value != field.default:
-            table[field.name] = facts_table(value) if isinstance(value, Rope | Experts) else value
+            table[field.name] = facts_table(value) if isinstance(value, Rope | Experts | Latent) else value
     return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from flashinfer.store.facts import Facts
+from flashinfer.store.facts import Facts, Latent
 from flashinfer.store.manifest import Manifest
 
 Shape = tuple[int, ...]
@@ -142,13 +142,10 @@ def role_shapes(facts: Facts) -> dict[str, Shape]:
 
 def _layer_shapes(facts: Facts, layer: int) -> dict[str, Shape]:
     hidden, neurons = facts.hidden_size, facts.neurons(layer)
-    heads, kv = facts.num_heads * facts.head_dim, facts.num_kv_heads * facts.head_dim
     shapes: dict[str, Shape] = {"attn.norm.weight": (hidden,), "attn.norm.bias": (hidden,)}
-    for name, out, into in (("q", heads, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, heads)):
-        if name == "o":
-            shapes |= _qk_norm_shapes(facts)
-            shapes |= {"attn.sinks": (facts.num_heads,)} if facts.sinks else {}
-        shapes |= {f"attn.{name}.weight": (out, into), f"attn.{name}.bias": (out,)}
+    shapes |= _plain_shapes(facts) if facts.latent is None else _latent_shapes(facts, facts.latent)
+    shapes |= {"attn.sinks": (facts.num_heads,)} if facts.sinks else {}
+    shapes |= _linear_shapes("attn.o", hidden, facts.num_heads * facts.value_dim)
     shapes |= _output_norm_shapes(facts, "attn")
     shapes |= {"ffn.norm.weight": (hidden,), "ffn.norm.bias": (hidden,)}
     shapes |= _router_shapes(facts, layer)
@@ -156,6 +153,34 @@ def _layer_shapes(facts: Facts, layer: int) -> dict[str, Shape]:
         shapes |= {f"ffn.{name}.weight": (neurons, hidden), f"ffn.{name}.bias": (neurons,)}
     shapes |= {"ffn.down.weight": (hidden, neurons), "ffn.down.bias": (hidden,)}
     return shapes | _output_norm_shapes(facts, "ffn")
+
+
+def _linear_shapes(name: str, out: int, into: int) -> dict[str, Shape]:
+    return {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
+
+
+def _plain_shapes(facts: Facts) -> dict[str, Shape]:
+    """Queries, keys and values from the layer's input, and their norms."""
+    hidden, kv = facts.hidden_size, facts.num_kv_heads * facts.head_dim
+    shapes = _linear_shapes("attn.q", facts.num_heads * facts.head_dim, hidden)
+    for name in "kv":
+        shapes |= _linear_shapes(f"attn.{name}", kv, hidden)
+    return shapes | _qk_norm_shapes(facts)
+
+
+def _latent_shapes(facts: Facts, latent: Latent) -> dict[str, Shape]:
+    """Queries, keys and values by way of narrower vectors."""
+    hidden, heads = facts.hidden_size, facts.num_heads
+    if latent.q_rank is None:
+        shapes = _linear_shapes("attn.q", heads * facts.head_dim, hidden)
+    else:
+        shapes = _linear_shapes("attn.q_a", latent.q_rank, hidden) | {"attn.q_a_norm.weight": (latent.q_rank,)}
+        shapes["attn.q_b.weight"] = (heads * facts.head_dim, latent.q_rank)
+    shapes |= _linear_shapes("attn.kv_a", latent.kv_rank, hidden) | {"attn.kv_a_norm.weight": (latent.kv_rank,)}
+    shapes |= _linear_shapes("attn.k_rope", latent.rope_dim, hidden)
+    shapes["attn.k_b.weight"] = (heads * latent.nope_dim, latent.kv_rank)
+    shapes["attn.v_b.weight"] = (heads * latent.value_dim, latent.kv_rank)
+    return shapes
 
 
 def _output_norm_shapes(facts: Facts, block: str) -> dict[str, Shape]:

@@ -256,18 +256,29 @@ class BackendConformance:
         expected[..., half : 2 * half] = b * cos[:, None] + a * sin[:, None]
         assert near(found, expected.reshape(tokens, -1), 1e-6)
 
+    def test_share(self, backend: Backend) -> None:
+        x, shared = normal(1, 5, 3 * 4), normal(2, 5, 6)
+        found = backend.fetch(backend.share(backend.place(x), backend.place(shared), 3)).reshape(5, 3, 10)
+        assert np.array_equal(found[:, :, 6:], x.reshape(5, 3, 4))
+        assert all(np.array_equal(found[:, head, :6], shared) for head in range(3))
+
     # -- attention
 
     @pytest.mark.parametrize("dtype", ["f32", "f16", "int8"])
-    @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 16), (6, 2, 20), (9, 1, 40)])
-    def test_attention(self, backend: Backend, dtype: Any, heads: int, kv_heads: int, dim: int) -> None:
-        tokens, width = 160, kv_heads * dim
-        q, k, v = normal(1, tokens, heads * dim), normal(2, tokens, width), normal(3, tokens, width)
-        kv = backend.new_kv(kv_heads, dim, tokens, dtype)
+    @pytest.mark.parametrize(
+        ("heads", "kv_heads", "dim", "value_dim"),
+        [(4, 4, 16, 16), (6, 2, 20, 20), (9, 1, 40, 40), (4, 4, 40, 24), (6, 2, 7, 33)],
+    )
+    def test_attention(self, backend: Backend, dtype: Any, heads: int, kv_heads: int, dim: int, value_dim: int) -> None:
+        tokens = 160
+        q, k, v = (
+            normal(i, tokens, width) for i, width in enumerate((heads * dim, kv_heads * dim, kv_heads * value_dim))
+        )
+        kv = backend.new_kv(kv_heads, dim, tokens, dtype, value_dim)
         backend.append_kv(kv, 0, backend.place(k), backend.place(v), 0, 150)
         backend.append_kv(kv, 150, backend.place(k), backend.place(v), 150, 10)
-        k, v = (rounded(a, dtype, dim) for a in (k, v))
-        assert np.array_equal(backend.fetch_kv(kv, tokens), np.stack([k, v]))
+        k, v = rounded(k, dtype, dim), rounded(v, dtype, value_dim)
+        assert all(map(np.array_equal, backend.fetch_kv(kv, tokens), (k, v)))
         expected = attended(q, k, v, 0, heads)
         assert near(backend.fetch(backend.attend(backend.place(q), kv, 0, heads)), expected)
         assert near(backend.fetch(backend.attend(backend.place(q[131:132]), kv, 131, heads)), expected[131:132])

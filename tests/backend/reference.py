@@ -76,12 +76,12 @@ def normed(x: Array, weight: Array | None, bias: Array | None, kind: str, eps: f
 
 
 def attended(q: Array, k: Array, v: Array, first: int, heads: int, scoring: Scoring = PLAIN) -> Array:
-    """q `[tokens, heads * dim]` at positions first, ...; k, v `[positions, kv heads * dim]`."""
+    """q `[tokens, heads * dim]` at positions first, ...; k and v `[positions, kv heads * dim]`, of v with a dim of its own."""
     tokens = len(q)
     dim = q.shape[1] // heads
     kv_heads = k.shape[1] // dim
-    qs, ks, vs = (a.astype(np.float64).reshape(len(a), -1, dim) for a in (q, k, v))
-    out = np.zeros((tokens, heads, dim))
+    qs, ks, vs = (a.astype(np.float64).reshape(len(a), n, -1) for a, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
+    out = np.zeros((tokens, heads, vs.shape[2]))
     for t in range(tokens):
         for h in range(heads):
             at = first + t
@@ -94,4 +94,4 @@ def attended(q: Array, k: Array, v: Array, first: int, heads: int, scoring: Scor
             weights = np.exp(scores)
             total = weights.sum() + (0 if scoring.sinks is None else math.exp(scoring.sinks[h]))
             out[t, h] = weights @ vs[seen, h * kv_heads // heads] / total
-    return out.reshape(tokens, heads * dim)
+    return out.reshape(tokens, -1)

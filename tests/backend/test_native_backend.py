@@ -194,6 +194,7 @@ def test_a_decision_bias_is_added_as_add_does(backends) -> None:
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 9),
     dim=st.integers(1, 70),
+    value_dim=st.integers(1, 70),
     first=st.integers(0, 90),
     tokens=st.integers(1, 40),
     seed=st.integers(0, 99),
@@ -203,15 +204,15 @@ def test_a_decision_bias_is_added_as_add_does(backends) -> None:
     given_sinks=st.booleans(),
 )
 def test_attention_is_the_same_bits_token_by_token(
-    backends, dtype, kv_heads, group, dim, first, tokens, seed, window, softcap, given_slopes, given_sinks
+    backends, dtype, kv_heads, group, dim, value_dim, first, tokens, seed, window, softcap, given_slopes, given_sinks
 ) -> None:
     heads, end, results = kv_heads * group, first + tokens, []
     slopes, sinks = (normal(seed, heads) if given else None for given in (given_slopes, given_sinks))
     scoring = Scoring(softcap, slopes, window, sinks)
-    k, v = normal(seed, end, kv_heads * dim), normal(seed + 1, end, kv_heads * dim)
+    k, v = normal(seed, end, kv_heads * dim), normal(seed + 1, end, kv_heads * value_dim)
     q = normal(seed + 2, tokens, heads * dim)
     for backend in backends:
-        kv = backend.new_kv(kv_heads, dim, end, dtype)
+        kv = backend.new_kv(kv_heads, dim, end, dtype, value_dim)
         backend.append_kv(kv, 0, k, v, 0, end)
         together = backend.attend(q, kv, first, heads, scoring)
         for t in {0, tokens // 2, tokens - 1}:
@@ -298,7 +299,7 @@ def test_a_half_cache_rounds_and_overflows_like_numpy(backends) -> None:
     for backend in backends:
         kv = backend.new_kv(1, values.size, 4, "f16")
         backend.append_kv(kv, 2, values, values, 0, 1)
-        assert same(backend.fetch_kv(kv, 3)[0, 2], expected)
+        assert same(backend.fetch_kv(kv, 3)[0][2], expected)
 
 
 def test_bad_shapes_are_refused() -> None:

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import flashinfer.layout.schema as schema
+import flashinfer.layout.read as reading
 from flashinfer.errors import LayoutError
 from flashinfer.layout import Layout, find_layout, known_layouts, match_layout, read_layout
 from flashinfer.layout.expression import parse_expression
-from flashinfer.layout.schema import parse_layout
+from flashinfer.layout.read import parse_layout
 from flashinfer.store.roles import role_shapes
 from tests.plain_checkpoint import LLAMA, OPT, llama_shapes, opt_shapes
 
@@ -54,7 +54,7 @@ class TestShipped:
     def test_wheel_comes_before_source(self, tmp_path, monkeypatch):
         package = tmp_path / "flashinfer"
         (package / "layout").mkdir(parents=True)
-        monkeypatch.setattr(schema, "__file__", str(package / "layout" / "schema.py"))
+        monkeypatch.setattr(reading, "__file__", str(package / "layout" / "read.py"))
         with pytest.raises(LayoutError, match="install it again"):
             known_layouts.__wrapped__()
         text = (LAYOUTS / "opt.toml").read_text()

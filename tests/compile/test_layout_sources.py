@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import pytest
 
 from flashinfer.errors import LayoutError
 from flashinfer.layout import read_layout
+from flashinfer.layout.read import parse_layout
 from flashinfer.layout.resolve import Resolver
-from flashinfer.layout.schema import parse_layout
 from flashinfer.store import Facts
+from flashinfer.store.facts import Latent
 
 LAYOUTS = Path(__file__).parents[2] / "layouts"
 GEMMA3: dict[str, Any] = {
@@ -144,6 +146,76 @@ def test_what_a_layout_must_not_say(change, message):
     change(table)
     with pytest.raises(LayoutError, match=message):
         parse_layout(table, "falcon.toml")
+
+
+DEEPSEEK: dict[str, Any] = {
+    "vocab_size": 9, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_experts_per_tok": 2, "n_routed_experts": 8,
+}  # fmt: skip
+YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 1.0}
+
+
+class TestDeepseek:
+    @pytest.mark.parametrize(("said", "rank"), [({}, 1536), ({"q_lora_rank": None}, None), ({"q_lora_rank": 8}, 8)])
+    def test_queries_may_be_wide(self, said, rank):
+        found = facts("deepseek_v2", DEEPSEEK | said)
+        assert found.latent == Latent(kv_rank=512, nope_dim=128, rope_dim=64, value_dim=128, q_rank=rank)
+        assert (found.head_dim, found.value_dim) == (192, 128)
+
+    def test_the_scaling_of_rope_scales_attention(self):
+        found = facts("deepseek_v2", DEEPSEEK | {"rope_scaling": YARN})
+        assert found.rope is not None
+        assert found.rope.attention_factor == 1.0
+        assert found.attention_scale == pytest.approx(192**-0.5 * (0.1 * math.log(40) + 1) ** 2)
+        assert facts("deepseek_v2", DEEPSEEK | {"rope_scaling": YARN | {"mscale_all_dim": 0}}).attention_scale is None
+
+    @pytest.mark.parametrize("wrong", [{"factor": "x"}, {"mscale_all_dim": "1"}])
+    def test_a_scaling_that_is_no_number(self, wrong):
+        with pytest.raises(LayoutError, match="rope parameters"):
+            facts("deepseek_v2", DEEPSEEK | {"rope_scaling": YARN | wrong})
+
+    def test_groups_count_where_the_method_says_so(self):
+        groups = {"n_group": 4, "topk_group": 2}
+        greedy, limited = (
+            facts("deepseek_v2", DEEPSEEK | groups | said).experts
+            for said in ({}, {"topk_method": "group_limited_greedy"})
+        )
+        assert greedy is not None
+        assert limited is not None
+        assert (greedy.groups, greedy.top_groups, limited.groups, limited.top_groups) == (1, 1, 4, 2)
+        assert greedy.shared_size == 2 * 1407
+
+    @pytest.mark.parametrize(
+        ("family", "said"),
+        [
+            ("deepseek_v2", {"norm_topk_prob": True}), ("deepseek_v2", {"topk_method": "noaux_tc"}),
+            ("deepseek_v2", {"rms_norm_eps": 1e-5}), ("deepseek_v3", {"rope_interleave": False}),
+            ("deepseek_v3", {"scoring_func": "softmax"}), ("gpt_oss", {"swiglu_limit": 5.0}),
+        ],
+    )  # fmt: skip
+    def test_what_is_not_followed(self, family, said):
+        with pytest.raises(LayoutError, match=f"{next(iter(said))} = .*is supported there"):
+            facts(family, DEEPSEEK | said)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda t: t["latent"].pop("kv_rank"), "latent attention lacks a fact"),
+            (lambda t: t["latent"].update(rank=3), "unknown fact of latent attention rank"),
+            (lambda t: t["latent"].update(kv_rank={"expr": "no"}), "names a fact that is not there"),
+            (
+                lambda t: t["experts"]["facts"].update(groups=[{"key": "x", "when": ["no"]}, {"key": "y"}]),
+                "condition no",
+            ),
+            (lambda t: t["experts"]["facts"].update(groups=[]), "no source that always counts"),
+            (lambda t: t["tensors"]["embed.weight"].update(turned_last=True), "heads and is not interleaved"),
+        ],
+    )
+    def test_what_a_layout_must_not_say(self, change, message):
+        table = tomllib.loads((LAYOUTS / "deepseek_v2.toml").read_text())
+        change(table)
+        with pytest.raises(LayoutError, match=message):
+            parse_layout(table, "deepseek_v2.toml")
 
 
 class TestTextModelWithinAnother:

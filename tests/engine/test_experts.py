@@ -33,7 +33,7 @@ from flashinfer.tune.judge import Setup, judge
 from flashinfer.tune.perplexity import Protocol
 from tests.checkpoints import save
 from tests.engine.test_prefill_reads import Recorder
-from tests.families import SIZES
+from tests.families import DEEPSEEK, SIZES
 from tests.twin import Twin
 
 RESOLVER = import_module("flashinfer.memory.resolve")  # a function of the package hides it
@@ -52,6 +52,9 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "biases": ("gpt_oss", "bfloat16", {
         "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 72, "head_dim": 12,
         "sliding_window": 24}),
+    "latent": ("deepseek_v3", "bfloat16", DEEPSEEK | {
+        "moe_intermediate_size": 72, "num_key_value_heads": 4, "q_lora_rank": 24, "n_routed_experts": 8,
+        "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}),
 }  # fmt: skip
 
 
@@ -72,7 +75,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
         config = AutoConfig.for_model(model_type, **(SIZES | config))
         checkpoint = save(AutoModelForCausalLM.from_config, config, root / "checkpoint", dtype)
         stores = []
-        for bundles in (None, 1, {"mixtral": 107, "shared": 4, "mixed": 26, "biases": 8}[name]):
+        for bundles in (None, 1, {"mixtral": 107, "shared": 4, "mixed": 26, "biases": 8, "latent": 9}[name]):
             stores.append(root / f"store-{bundles}")
             pack(checkpoint, stores[-1], bundles_per_record=bundles)
         out[name] = Made(checkpoint, tuple(stores))

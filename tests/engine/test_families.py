@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from flashinfer.engine import Model
 from flashinfer.errors import CapTooSmallError
 from flashinfer.model.scoring import scoring_of
 from flashinfer.store import Experts
+from flashinfer.store.facts import Latent
 from tests import families
 from tests.families import CASES, CONTEXT, FAT, make
 
@@ -107,6 +109,33 @@ FACTS = {
         "window": 24,
         "global_layers": (1,),
     },
+    "deepseek_v2": {
+        "experts": Experts(8, 3, 24, shared_size=48, scale=1.5, groups=4, top_groups=2, dense=(0,)),
+        "latent": Latent(kv_rank=20, nope_dim=10, rope_dim=6, value_dim=14, q_rank=24),
+        "attention_scale": None,
+        "value_dim": 14,
+    },
+    "deepseek_v2-lite": {
+        "experts": Experts(6, 2, 24, shared_size=24),
+        "latent": Latent(kv_rank=20, nope_dim=10, rope_dim=6, value_dim=14),
+        "attention_scale": 0.25 * (0.1 * 0.707 * math.log(4) + 1) ** 2,
+    },
+    "deepseek_v3": {
+        "experts": Experts(
+            8,
+            3,
+            24,
+            shared_size=24,
+            scoring="sigmoid",
+            normalised=True,
+            scale=2.5,
+            groups=4,
+            top_groups=2,
+            dense=(0, 1),
+        ),
+        "head_dim": 16,
+        "num_kv_heads": 4,
+    },
 }
 
 
@@ -133,6 +162,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "falcon-rw": {"alibi_scaled": False},
     "llama-fatrelu": {"fires_above": 0.0},
     "bamboo": {"window": None},
+    "deepseek_v3": {"attention_scale": None},
 }
 
 

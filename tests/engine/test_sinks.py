@@ -17,7 +17,7 @@ from transformers.models.llama import modeling_llama
 from flashinfer import pack
 from flashinfer.config import RunConfig
 from flashinfer.engine import Model
-from flashinfer.layout.schema import parse_layout
+from flashinfer.layout.read import parse_layout
 from tests.checkpoints import LLAMA_CONFIG, make_llama
 
 LAYOUT = Path(__file__).parents[2] / "layouts" / "llama.toml"

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from flashinfer.errors import StoreError
 from flashinfer.store import Experts, Facts
-from flashinfer.store.check import check_facts
-from flashinfer.store.facts import LATER_FACTS, Rope, facts_table
+from flashinfer.store.check_facts import check_facts
+from flashinfer.store.facts import LATER_FACTS, Latent, Rope, facts_table
 
 ROPE = Rope(theta=10000.0, rotary_dim=4)
 FACTS = Facts(
@@ -20,12 +20,15 @@ FACTS = Facts(
     num_kv_heads=2, head_dim=4, context_length=32, norm="rms", norm_eps=1e-6, norm_position="pre", activation="relu",
     gated=True, tied_head=False, rope=ROPE,
 )  # fmt: skip
+LATENT = Latent(kv_rank=8, nope_dim=6, rope_dim=4, value_dim=5)
+WITH_LATENT: dict[str, Any] = {"latent": LATENT, "head_dim": 10, "num_kv_heads": 4}
 EXPERTS = Experts(8, 2, 21, shared_size=5, shared_gate=True, groups=4, top_groups=2, dense=(1,))
 CHANGES: dict[str, Any] = {
     "parallel": True, "qk_norm": "heads", "embed_scale": 12.0, "residual_scale": 0.22, "logit_scale": 0.5,
     "attention_scale": 0.1, "window": 64, "global_layers": (1,), "local_rope": Rope(theta=100.0, rotary_dim=4),
     "attention_softcap": 50.0, "logit_softcap": 30.0, "fires_above": 0.01, "alibi": 8.0, "alibi_scaled": True,
     "embed_norm": True, "sinks": True, "experts": EXPERTS,
+    "latent": LATENT,
 }  # fmt: skip
 ROPE_CHANGES: dict[str, Any] = {
     "attention_factor": 1.2, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False, "short_factor": (1.0, 1.0),
@@ -90,6 +93,14 @@ def test_what_is_written_is_read(changed: set[str], turned: set[str]) -> None:
         ({"experts": Experts(4, 1, 4, scale=float("inf"))}, "expert scale"),
         ({"experts": Experts(4, 1, 4, shared_gate=True)}, "none of them"),
         ({"experts": Experts(4, 1, 4, dense=(2,))}, "dense layer among experts"),
+        ({"activation": "swiglu_oai", "gated": False}, "swiglu_oai in a plain"),
+        ({"latent": Latent(8, 4, 0, 4)}, "positive numbers were expected"),
+        ({"latent": Latent(8, 4, 4, 4, q_rank=0)}, "positive numbers were expected"),
+        ({"latent": LATENT}, "heads of 4 for latent"),
+        (WITH_LATENT | {"rope": {"rotary_dim": 2}}, "turns what its heads share"),
+        (WITH_LATENT | {"rope": {"skipped": (0,)}}, "turns what its heads share"),
+        (WITH_LATENT | {"num_kv_heads": 2}, "latent attention with groups"),
+        (WITH_LATENT | {"qk_norm": "head"}, "latent attention with groups"),
         ({"rope": {"scaling": "yarn"}}, "impossible ramp"),
         ({"rope": {"scaling": "yarn", "original_context": 8, "beta_slow": 40.0}}, "impossible ramp"),
         ({"rope": {"scaling": "longrope", "original_context": 8}}, "impossible factors"),

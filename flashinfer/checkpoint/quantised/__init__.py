@@ -1,4 +1,4 @@
-"""Checkpoints that others quantised: GPTQ, AWQ, bitsandbytes in four bits, MXFP4.
+"""Checkpoints that others quantised: GPTQ, AWQ, bitsandbytes in four bits, MXFP4, fp8 in blocks.
 
 `docs/checkpoints.md` says what is kept.
 """

@@ -8,6 +8,7 @@ from typing import Any
 from flashinfer.checkpoint.base import Checkpoint, Coded, Columns, TensorInfo, Words
 from flashinfer.checkpoint.quantised.awq import awq_matrices
 from flashinfer.checkpoint.quantised.bitsandbytes import bitsandbytes_matrices
+from flashinfer.checkpoint.quantised.fp8 import fp8_matrices
 from flashinfer.checkpoint.quantised.gptq import gptq_matrices
 from flashinfer.checkpoint.quantised.matrix import Matrix
 from flashinfer.checkpoint.quantised.mxfp4 import mxfp4_matrices
@@ -20,6 +21,7 @@ METHODS: dict[str, Callable[[Checkpoint, Mapping[str, Any]], dict[str, Matrix]]]
     "awq": awq_matrices,
     "bitsandbytes": bitsandbytes_matrices,
     "mxfp4": mxfp4_matrices,
+    "fp8": fp8_matrices,
 }
 
 

@@ -37,3 +37,6 @@ NEAREST_FLOATS = "nf4"
 
 NEAREST_MXFP4 = "mxfp4"
 """The same of `mxfp4`: where scales of neighbours are often the same power of two, many values stay as they are."""
+
+NEAREST_FP8 = "int8"
+"""The same of `fp8` in blocks: with one scale for a row, eight-bit integers lose half of what e4m3 does."""
