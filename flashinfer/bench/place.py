@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from flashinfer.units import KIB
+
 _SYS = Path("/sys/dev/block")
 _CLASS = Path("/sys/class/block")
 _MOUNTS = Path("/proc/self/mountinfo")
@@ -50,6 +52,19 @@ def place_of(path: Path) -> Place:
     if folder is None and source.partition("/")[2]:
         device = source  # the server and its export, or what else the mount names
     return Place(filesystem, device, _kind(filesystem, folder))
+
+
+def read_ahead_of(path: Path) -> int | None:
+    """Bytes the kernel reads at most around one asked for through the page cache, a fault in a mapping among them; None
+    where it does not say. Direct reads know nothing of it. Raises OSError where there is no such path."""
+    path = path.resolve()
+    folder = _folder_of(path, _mount_of(path)[1])
+    if folder is None:
+        return None
+    try:
+        return int((folder / "queue" / "read_ahead_kb").read_text()) * KIB
+    except (OSError, ValueError):
+        return None
 
 
 def _mount_of(path: Path) -> tuple[str, str]:

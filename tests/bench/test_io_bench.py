@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flashinfer.bench import io
+from flashinfer.bench import io, place
 from flashinfer.bench.io import all_combinations, measure
 from flashinfer.bench.io_figures import Combination, Result, Slice, fit_curve, summary
 from flashinfer.bench.io_file import file_to_read
@@ -93,6 +93,18 @@ def test_place_names_something(tmp_path: Path) -> None:
 
 ALONE = ["--file-size", "1MiB", "--seconds", "0.01", "--rounds", "1", "--no-fio"]
 QUICK = [*ALONE, "--chunk", "4KiB", "--chunk", "64KiB"]
+
+
+def test_how_far_the_kernel_reads_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, number = tmp_path / "disk", tmp_path.stat().st_dev
+    (disk / "queue").mkdir(parents=True)
+    monkeypatch.setattr(place, "_SYS", tmp_path)
+    monkeypatch.setattr(place, "_CLASS", tmp_path / "nothing")
+    assert place.read_ahead_of(tmp_path) is None
+    (tmp_path / f"{os.major(number)}:{os.minor(number)}").symlink_to(disk)
+    assert place.read_ahead_of(tmp_path) is None
+    (disk / "queue" / "read_ahead_kb").write_text("128\n")
+    assert place.read_ahead_of(tmp_path) == 128 * 1024
 
 
 def test_the_command_prints_one_json_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,9 +13,10 @@ import psutil
 
 from flashinfer import machine
 from flashinfer.bench.compare.contest import Run, may_drop_everything
-from flashinfer.bench.place import place_of
+from flashinfer.bench.place import place_of, read_ahead_of
 from flashinfer.config import Rates
 from flashinfer.store import Manifest
+from flashinfer.units import format_size
 
 GB = 1e9
 FIGURES = (
@@ -30,7 +31,9 @@ FIGURES = (
 def facts(store: Path, command: str, *, grouped: bool) -> list[str]:
     """The machine, and how to repeat this; names no host and no folder."""
     place = place_of(store)
-    disk = (*place.device.split(", ")[1:2], f"{place.kind} disk")[0]
+    disk, ahead = (*place.device.split(", ")[1:2], f"{place.kind} disk")[0], read_ahead_of(store)
+    if ahead is not None:
+        disk += f" whose mapped files are read up to {format_size(ahead)} ahead"
     system = f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}"
     cold = "the whole page cache was dropped" if may_drop_everything() else "the files' pages were dropped"
     capped = (
