@@ -24,7 +24,7 @@ from flashinfer.memory import AdapterNeeds
 from flashinfer.quant import codec_named
 from flashinfer.store import Facts, Manifest, Store
 from flashinfer.store.geometry import round_up
-from flashinfer.store.roles import role_shapes
+from flashinfer.store.roles import ffn_role, role_shapes
 
 if TYPE_CHECKING:
     from flashinfer.checkpoint.adapter import Adapter, LowRank
@@ -37,6 +37,8 @@ Index = npt.NDArray[np.int64]
 
 HEADS = ("lm_head.weight", "embed_out.weight")
 """What the head is called by models whose stores do not say, because head and embedding are one."""
+EXPERTS = (".experts.", ".shared_expert.", ".shared_experts.")
+"""In the names of what one expert has for itself; a store knows the first one's only."""
 PLACE = 64
 """Bytes each factor's place in memory is a multiple of."""
 MERGE = "merge it with `flashinfer pack CHECKPOINT STORE --merge-adapter DIR`"
@@ -172,6 +174,8 @@ class _Matching:
         self._store, self._adapter, self._facts = store, adapter, store.manifest.facts
         self._roles: dict[str, list[str]] = {}
         self._cut: set[str] = set()
+        routed = [(i, layer.parts) for i, layer in enumerate(store.manifest.layers) if layer.experts is not None]
+        self._of_experts = {ffn_role(i, part.role) for i, parts in routed for part in parts}
         for role, source in _sources(store.manifest):
             name, view, _ = source.partition("#")
             self._roles.setdefault(name, []).append(role)
@@ -188,9 +192,9 @@ class _Matching:
 
         for info in (change.a, change.b):
             need_packable(info, self._adapter.path)
-        if ".experts." in name:
-            raise self._refused(name, f"is one of an expert, which is not done at run time; {MERGE}")
         roles = self._found(name)
+        if any(part in name for part in EXPERTS) or not self._of_experts.isdisjoint(roles):
+            raise self._refused(name, f"is one of experts, which is not done at run time; {MERGE}")
         if not roles:
             raise self._refused(name, "the store has not: it is for another model")
         if roles[0].startswith("embed.") and not self._is_tied_head(name):
@@ -258,7 +262,7 @@ def _sources(m: Manifest) -> Iterator[tuple[str, str]]:
             yield role, tensor.source
     for i, layer in enumerate(m.layers):
         for part in layer.parts:
-            yield f"layers.{i}.ffn.{part.role}", part.source
+            yield ffn_role(i, part.role), part.source
 
 
 def _is_neurons(role: str, facts: Facts) -> bool:

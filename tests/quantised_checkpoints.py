@@ -25,8 +25,8 @@ Tensors = dict[str, npt.NDArray[Any]]
 NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]  # fmt: skip
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""What is quantised of a llama."""
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""What is quantised of a llama, and of Mixtral's experts."""
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
@@ -179,8 +179,8 @@ def bitsandbytes(*, nested: bool) -> Scheme:
 
 
 def quantised(source: Path, target: Path, dequantised: Path, scheme: Scheme) -> dict[str, Integers | Floats]:
-    """Write `source`, a llama in one file, as the scheme has it to `target`, its values in float32 to `dequantised`.
-    Returns the quantised matrices by name."""
+    """Write `source`, a llama or a Mixtral in one file, as the scheme has it to `target`, its values in float32 to
+    `dequantised`. Returns the quantised matrices by name."""
     tensors, found = load_file(source / "model.safetensors"), {}
     theirs: Tensors = {}
     ours: Tensors = {}

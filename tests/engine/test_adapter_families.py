@@ -11,8 +11,9 @@ from flashinfer import pack
 from flashinfer.adapter import read_adapter
 from flashinfer.config import Cap, RunConfig
 from flashinfer.engine import Model
+from flashinfer.errors import CheckpointError
 from flashinfer.store import open_store
-from tests.adapters import ATTENTION, TOKENS, made_by_peft
+from tests.adapters import ATTENTION, TOKENS, by_hand, made_by_peft
 from tests.checkpoints import save
 from tests.engine.test_adapter import BACKENDS, FFN, floor_of, logits
 from tests.families import make as make_family
@@ -57,6 +58,58 @@ def test_products_of_up_that_are_rectified(tmp_path: Path, modules: list[str]) -
         with Model.open(store, floor, context=64, run=RunConfig(adapter=tmp_path / "adapter")) as model:
             assert np.abs(model.logits(model.session(), TOKENS) - expected).max() <= 1e-4
     assert np.abs(logits(store, None) - expected).max() > 1e-2
+
+
+ROUTED = "model.layers.0."
+MIXTURES = {
+    "qwen3_moe-mixed": {"self_attn.q_proj": (40, 40), "mlp.gate": (6, 40)},
+    "qwen2_moe": {"mlp.gate": (6, 40), "mlp.shared_expert_gate": (1, 40)},
+    "mixtral": {"self_attn.v_proj": (20, 40), "block_sparse_moe.gate": (6, 40)},
+    "granitemoe": {"block_sparse_moe.router.layer": (6, 40)},
+}
+"""Matrices `[out, in]` of a layer of experts that are not an expert's own."""
+
+
+def adapter_for(root: Path, shapes: dict[str, tuple[int, int]]) -> Path:
+    """An adapter of rank 2 for these modules."""
+    tensors, random = {}, np.random.default_rng(1)
+    for name, (out, size) in shapes.items():
+        for part, shape in (("A", (2, size)), ("B", (out, 2))):
+            values = random.normal(0, 0.5, shape).astype(np.float32)
+            tensors[f"base_model.model.{name}.lora_{part}.weight"] = values
+    return by_hand(root, tensors)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_beside_experts(tmp_path: Path, family: str) -> None:
+    """Attention, dense layers between and routers, which then choose other experts: as the merged model."""
+    base = make_family(family, tmp_path / "base")
+    shapes = {f"{ROUTED}{name}": shape for name, shape in MIXTURES[family].items()}
+    if family == "qwen3_moe-mixed":
+        dense = {"gate_proj": (107, 40), "up_proj": (107, 40), "down_proj": (40, 107)}
+        shapes |= {f"model.layers.1.mlp.{name}": shape for name, shape in dense.items()}
+    adapter = adapter_for(tmp_path / "adapter", shapes)
+    pack(base, tmp_path / "store")
+    pack(base, tmp_path / "merged", merge_adapter=adapter)
+    expected = logits(tmp_path / "merged", None)
+    for backend in BACKENDS:
+        assert np.abs(logits(tmp_path / "store", adapter, backend=backend) - expected).max() <= 1e-4
+    assert np.abs(logits(tmp_path / "store", None) - expected).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "shape"),
+    [
+        ("mixtral", "block_sparse_moe.experts.4.w1", (107, 40)),
+        ("qwen2_moe", "mlp.shared_expert.up_proj", (32, 40)),
+        ("granitemoe", "block_sparse_moe.input_linear", (214, 40)),
+    ],
+)
+def test_on_experts_it_is_refused(tmp_path: Path, family: str, name: str, shape: tuple[int, int]) -> None:
+    pack(make_family(family, tmp_path / "base"), tmp_path / "store")
+    adapter = adapter_for(tmp_path / "adapter", {f"{ROUTED}{name}": shape})
+    with pytest.raises(CheckpointError, match=r"is one of experts, which is not done at run time; merge it"):
+        Model.open(tmp_path / "store", run=RunConfig(adapter=adapter))
 
 
 def test_parts_of_a_matrix_whose_codes_were_kept(tmp_path: Path) -> None:

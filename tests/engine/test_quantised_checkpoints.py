@@ -21,8 +21,8 @@ from flashinfer.pack import stream
 from flashinfer.quant import codec_named
 from flashinfer.store import Manifest, neurons, open_store
 from tests import twin as twins
-from tests.checkpoints import make_llama
-from tests.quantised_checkpoints import Floats, Integers, awq, bitsandbytes, gptq, quantised
+from tests.checkpoints import make_llama, save
+from tests.quantised_checkpoints import Floats, Integers, Scheme, awq, bitsandbytes, gptq, quantised
 from tests.twin import LLAMA_LAYER, Twin, TwinWeights
 
 PROMPT = [int(t) for t in np.random.default_rng(3).integers(3, 96, 21)]
@@ -198,3 +198,26 @@ def test_a_recipe_of_the_same_codec_keeps_the_codes(made: Made, tmp_path: Path) 
     before = json.loads((made.store / "manifest.json").read_text())
     role = "layers.0.attn.q.weight"
     assert said["tensors"][role]["xxh3"] == before["tensors"][role]["xxh3"]
+
+
+@pytest.mark.parametrize("scheme", [gptq(32, symmetric=False), awq(32)], ids=["gptq", "awq"])
+def test_a_mixture(tmp_path: Path, scheme: Scheme) -> None:
+    """Experts come one by one: their values are what the codes stand for. Routers are as they were."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model("mixtral", vocab_size=96, num_hidden_layers=2, num_local_experts=4, **sizes)
+    source = save(AutoModelForCausalLM.from_config, config, tmp_path / "source")
+    matrices = quantised(source, tmp_path / "quantised", tmp_path / "dequantised", scheme)
+    assert sum(".experts." in name for name in matrices) == 2 * 4 * 3
+    stores = {}
+    for name in ("quantised", "dequantised"):
+        pack(tmp_path / name, tmp_path / f"{name}.flash", quant="ffn=f32")
+        with Model.open(tmp_path / f"{name}.flash", run=RunConfig(backend="torch")) as model:
+            stores[name] = model.logits(model.session(), PROMPT)
+    assert np.abs(stores["quantised"] - stores["dequantised"]).max() <= 1e-4
+    pack(tmp_path / "quantised", tmp_path / "codes.flash")
+    manifest = open_store(tmp_path / "codes.flash").manifest
+    assert {o.kept for role, o in manifest.origins.items() if ".attn." in role} == {True}
+    assert {p.codec for layer in manifest.layers for p in layer.parts} == {"int4g32iz"}  # kept, or rounded again
+    assert not any("router" in role for role in manifest.origins)
