@@ -76,7 +76,7 @@ def normed(x: Array, weight: Array | None, bias: Array | None, kind: str, eps: f
 
 
 def attended(q: Array, k: Array, v: Array, first: int, heads: int, scoring: Scoring = PLAIN) -> Array:
-    """q `[tokens, heads * dim]` at positions first, ...; k and v `[positions, kv heads * dim]`, of v with a dim of its own."""
+    """q `[tokens, heads * dim]` at positions first, ...; k and v `[positions, kv heads * dim]`, v with its own dim."""
     tokens = len(q)
     dim = q.shape[1] // heads
     kv_heads = k.shape[1] // dim
