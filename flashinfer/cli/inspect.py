@@ -160,6 +160,7 @@ def _lines(s: dict[str, Any]) -> list[tuple[str, str]]:
 
     f = s["facts"]
     heads = f"{f['num_heads']} heads" + (f" ({f['num_kv_heads']} kv)" if f["num_kv_heads"] != f["num_heads"] else "")
+    heads += f", keys and values by way of {f['latent']['kv_rank']} values" if f["latent"] else ""
     sparse = "sparse: neurons are skipped" if f["activation"] in SPARSE_ACTIVATIONS else "dense: every neuron is read"
     sparse = "experts that are not chosen are skipped" if f["experts"] else sparse
     codecs = ", ".join(f"{name} {format_size(size)}" for name, size in s["codecs"].items())

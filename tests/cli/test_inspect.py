@@ -117,6 +117,7 @@ def test_a_damaged_calibration_is_one_line(bundled, capsys):
         ("gemma2", "96 tokens, rotary positions, attention window 24 in 2 of 3 layers"),
         ("bloom", "2048 tokens, ALiBi positions"),
         ("gpt2", "96 tokens, learned positions"),
+        ("deepseek_v3", "hidden 40, FFN 107, 4 heads, keys and values by way of 20 values"),
     ],
 )
 def test_how_far_attention_looks(case, context, tmp_path, capsys):

@@ -26,6 +26,7 @@ FUSED = {
     "gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
     "gptj": ["q_proj", "k_proj", "v_proj", "fc_in", "fc_out"],
     "cohere": ["q_proj", "k_proj", "gate_proj", "down_proj"],
+    "deepseek_v3": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
 }
 """Families whose checkpoints hold several roles in one tensor, transposed, or with rotary pairs side by side."""
 
@@ -51,7 +52,7 @@ def test_products_of_up_that_are_rectified(tmp_path: Path, modules: list[str]) -
     for decision in ("separate", "bundled"):
         store = tmp_path / decision
         pack(base, store, decision=decision)  # type: ignore[arg-type]
-        assert open_store(store).manifest.facts.rectifies_up
+        assert open_store(store).manifest.facts.up_activation == "relu"
         for backend in BACKENDS:
             assert np.abs(logits(store, tmp_path / "adapter", backend=backend) - expected).max() <= 1e-4
         floor = Cap(weight_memory=floor_of(store, tmp_path / "adapter"))
