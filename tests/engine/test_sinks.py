@@ -57,3 +57,13 @@ def test_logits_are_those_of_gpt_oss_attention(checkpoint: Path, store: Path, ba
         session = model.session()
         steps = np.stack([model.step(session, [t]) for t in TOKENS])
     assert np.abs(steps - expected).max() <= 1e-4
+
+
+@pytest.mark.parametrize(("kv_type", "near"), [("f16", 5e-3), ("int8", 1e-1)])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_with_rounded_keys_and_values(store: Path, backend: Any, kv_type: Any, near: float) -> None:
+    found = []
+    for kind in ("f32", kv_type):
+        with Model.open(store, run=RunConfig(backend=backend, kv_type=kind)) as model:
+            found.append(model.logits(model.session(), TOKENS))
+    assert 0 < np.abs(found[1] - found[0]).max() <= near
