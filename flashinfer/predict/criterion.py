@@ -77,7 +77,8 @@ def _dip(act: Callable[[Wide], Wide]) -> float:
     return float((low + up) / 2)
 
 
-def _sigmoid(x: Wide) -> Wide:
+def sigmoid(x: Wide) -> Wide:
+    """1 / (1 + e^-x)."""
     with np.errstate(over="ignore"):
         return np.asarray(1.0 / (1.0 + np.exp(-x)))
 
@@ -89,12 +90,12 @@ def _gelu(x: Wide) -> Wide:
 
 def _gelu_tanh(x: Wide) -> Wide:
     inner = math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)
-    return np.asarray(x * _sigmoid(2.0 * inner))  # (1 + tanh(y)) / 2 without the cancellation
+    return np.asarray(x * sigmoid(2.0 * inner))  # (1 + tanh(y)) / 2 without the cancellation
 
 
 _ACTIVATIONS: dict[Activation, Callable[[Wide], Wide]] = {
-    "silu": lambda x: x * _sigmoid(x),
+    "silu": lambda x: x * sigmoid(x),
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
-    "gelu_quick": lambda x: x * _sigmoid(1.702 * x),
+    "gelu_quick": lambda x: x * sigmoid(1.702 * x),
 }

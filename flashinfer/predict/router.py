@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from flashinfer.backend import Buffer
 from flashinfer.predict.base import Floats, Matrices, Span
+from flashinfer.predict.criterion import Wide, sigmoid
 from flashinfer.store import Experts, Facts
 
-Wide = npt.NDArray[np.float64]
 NEVER_ZERO = 1e-20
 """Added to the sum of the chosen scores before it divides them (as in DeepSeek-V3)."""
 
@@ -56,12 +55,6 @@ def _within_groups(ranks: Wide, experts: Experts) -> Wide:
 def _sums(values: Wide) -> Wide:
     """Sums of rows, one value after the other, whatever is beside them: `[tokens, 1]`."""
     return np.cumsum(values, axis=1)[:, -1:]
-
-
-def sigmoid(values: Wide) -> Wide:
-    """1 / (1 + e^-x)."""
-    with np.errstate(over="ignore"):
-        return np.asarray(1.0 / (1.0 + np.exp(-values)))
 
 
 class Router:

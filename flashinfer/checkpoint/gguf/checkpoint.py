@@ -14,13 +14,14 @@ from flashinfer.checkpoint.base import Columns, TensorInfo, Words
 from flashinfer.checkpoint.gguf.config import model_config
 from flashinfer.checkpoint.gguf.description import Description
 from flashinfer.checkpoint.gguf.experts import Stacked, experts_apart
-from flashinfer.checkpoint.gguf.forms import Index, extents
+from flashinfer.checkpoint.gguf.forms import extents
 from flashinfer.checkpoint.gguf.names import Stored, form_of, stored_tensors
 from flashinfer.checkpoint.gguf.rope import FREQUENCIES, LONG, SHORT, Factors
 from flashinfer.checkpoint.gguf.tensors import GgufFile
 from flashinfer.checkpoint.gguf.tokenizer import tokenizer_files
 from flashinfer.errors import CheckpointError
 from flashinfer.layout import find_layout
+from flashinfer.layout.view import Index
 from flashinfer.quant import codec_named
 
 

@@ -11,9 +11,8 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-Index = npt.NDArray[np.int64]
+from flashinfer.layout.view import Index, in_halves
 
 
 class Heads(NamedTuple):
@@ -77,4 +76,4 @@ def extents(rows: Index) -> list[tuple[int, int]]:
 def _halves(rows: int, heads: int) -> Index:
     if rows % (2 * heads):
         raise ValueError(f"{rows} rows, which {heads} heads do not divide into pairs")
-    return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+    return in_halves(np.arange(rows), rows // heads, rows // heads)

@@ -13,9 +13,10 @@ from flashinfer.checkpoint.base import TensorInfo
 from flashinfer.checkpoint.gguf.architecture import Architecture
 from flashinfer.checkpoint.gguf.description import Description
 from flashinfer.checkpoint.gguf.experts import OF_EXPERTS, Stacked, Tensors, each_expert, stacked
-from flashinfer.checkpoint.gguf.forms import Form, Heads, Index
+from flashinfer.checkpoint.gguf.forms import Form, Heads
 from flashinfer.layout import Layout
 from flashinfer.layout.resolve import Resolver
+from flashinfer.layout.view import Index
 
 _PARTS = ("attn_q", "attn_k", "attn_v")
 _MOST_ROWS = 1 << 24
