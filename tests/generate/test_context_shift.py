@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,18 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights as a Mistral whose attention looks back no further than 12 tokens."""
+    path = tmp_path_factory.mktemp("windowed")
+    shutil.copytree(CHECKPOINT, path / "checkpoint")
+    config = json.loads((CHECKPOINT / "config.json").read_text())
+    config |= {"architectures": ["MistralForCausalLM"], "sliding_window": 12}
+    (path / "checkpoint" / "config.json").write_text(json.dumps(config))
+    flashinfer.pack(path / "checkpoint", path / "demo.flash")
+    return path / "demo.flash"
+
+
 def plain_twin(model: TextModel, prompt: list[int], script: list[int]) -> list[np.ndarray]:
     """The logits before each token of the script, with a fresh session whenever the context is full."""
     known, session, out = list(prompt), model._engine.session(CONTEXT), []
@@ -38,7 +52,11 @@ def plain_twin(model: TextModel, prompt: list[int], script: list[int]) -> list[n
     return out
 
 
-def test_it_is_a_fresh_session_of_the_shortened_text(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("which", ["store", "windowed"])
+def test_it_is_a_fresh_session_of_the_shortened_text(
+    which: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store: Path = request.getfixturevalue(which)
     seen: list[np.ndarray] = []
     with load(store, context=CONTEXT, weight_memory="5MiB") as model:
         step = model._engine.step
