@@ -124,11 +124,11 @@ def stacked(tensors: dict[str, object], source: PlantedMixture) -> dict[str, obj
     out = {}
     for name, info in source.tensors.items():
         if ".experts." not in name:
-            out[name] = tensors[name].reshape(info.shape)  # type: ignore[attr-defined]
+            out[name] = tensors[name].reshape(info.shape)
     for i in range(source.shape.layers):
         at = f"model.layers.{i}.mlp.experts"
         parts = {
-            part: torch.stack([tensors[f"{at}.{e}.{part}_proj.weight"] for e in range(source.shape.experts)])  # type: ignore[misc]
+            part: torch.stack([tensors[f"{at}.{e}.{part}_proj.weight"] for e in range(source.shape.experts)])
             for part in ("gate", "up", "down")
         }
         out[f"{at}.gate_up_proj"] = torch.cat([parts["gate"], parts["up"]], dim=1)

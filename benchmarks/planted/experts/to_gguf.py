@@ -76,10 +76,9 @@ def write_gguf(source: PlantedMixture, out: Path) -> int:
     writer = gguf.GGUFWriter(draft, "qwen3moe")
     describe(writer, dict(source.config))
     for tensor in tensors:
-        shape = _bytes_shape(source, tensor)
-        kind = np.dtype(np.uint8)
-        if tensor.kind == Kind.F32:
-            shape, kind = source.tensors[tensor.sources[0]].shape, np.dtype(np.float32)
+        plain = tensor.kind == Kind.F32
+        kind: np.dtype[Any] = np.dtype(np.float32 if plain else np.uint8)
+        shape = source.tensors[tensor.sources[0]].shape if plain else _bytes_shape(source, tensor)
         writer.add_tensor_info(tensor.name, shape, kind, int(np.prod(shape)) * kind.itemsize, tensor.kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
