@@ -44,7 +44,7 @@ def command(
     peer_python: Annotated[str, typer.Option(metavar="PYTHON", help="Runs the other programs.")] = sys.executable,
     predictor: Annotated[
         str | None,
-        typer.Option(metavar="NAME[:TARGET]", help="Of the ladder. (default: low-rank where the store has it)"),
+        typer.Option(metavar="NAME[:TARGET]", help="Of the ladder. (default: low-rank or router, where there is one)"),
     ] = None,
     text: Annotated[Path | None, typer.Option(metavar="FILE", help="UTF-8 text to read. (default: built in)")] = None,
     context: Annotated[int, typer.Option(min=2, help="Tokens everybody makes room for.")] = 384,
