@@ -5,7 +5,6 @@
 
 constexpr long SPAN = 1024;  // columns whose factors are kept together
 constexpr long SPAN_GROUPS = SPAN / CHUNK + 2 * LANES;
-constexpr int SUM_ROWS = 8;  // rows added to one load of the accumulator when there is one token
 constexpr int SUM_LANES = 4; // times sixteen columns, whose chains of sums overlap
 constexpr long BLOCK = 128;  // columns of 64 bytes of nibbles
 

@@ -17,7 +17,11 @@
 #include <arm_neon.h>
 #endif
 
+#if defined(FLASHINFER_PORTABLE)
+#define FLASHINFER_METHOD inline  // forced, it takes the compiler minutes
+#else
 #define FLASHINFER_METHOD inline __attribute__((always_inline))
+#endif
 #define FLASHINFER_INLINE static FLASHINFER_METHOD
 
 namespace flashinfer::FLASHINFER_ISA {

@@ -15,6 +15,7 @@ constexpr int SIGNED_OFFSET = 128;  // what `dot_signed` adds to its codes, whic
 constexpr int CODE_ROWS = 4;        // rows of codes in flight with one token
 constexpr int CODE_WIDE_ROWS = 2;   // rows times
 constexpr int CODE_WIDE_TOKENS = 4; // tokens of a prefill kernel
+constexpr int SUM_ROWS = 8;         // rows added to one load of the accumulator with one token
 constexpr int SUM_NIBBLES = 8;      // of the eight nibbles of a lane, those whose sums are in registers at a time
 
 struct Bytes { __m512i v; };
@@ -67,7 +68,8 @@ FLASHINFER_INLINE Lanes powers(Raw p) {
 
 #elif defined(FLASHINFER_AVX2)
 
-constexpr int SIGNED_OFFSET = 0, CODE_ROWS = 2, CODE_WIDE_ROWS = 1, CODE_WIDE_TOKENS = 4, SUM_NIBBLES = 2;
+constexpr int SIGNED_OFFSET = 0, CODE_ROWS = 2, CODE_WIDE_ROWS = 1, CODE_WIDE_TOKENS = 4;
+constexpr int SUM_ROWS = 8, SUM_NIBBLES = 2;
 
 struct Bytes { __m256i a, b; };
 struct Ints { __m256i a, b; };
@@ -151,7 +153,8 @@ FLASHINFER_INLINE Lanes powers(Raw p) { return {powers_half(p), powers_half(p + 
 
 #else  // plain loops, which compilers make of what there is
 
-constexpr int SIGNED_OFFSET = 0, CODE_ROWS = 2, CODE_WIDE_ROWS = 1, CODE_WIDE_TOKENS = 4, SUM_NIBBLES = 8;
+constexpr int SIGNED_OFFSET = 0, CODE_ROWS = 2, CODE_WIDE_ROWS = 1, CODE_WIDE_TOKENS = 4;
+constexpr int SUM_ROWS = 2, SUM_NIBBLES = 1;
 
 struct Bytes { std::uint8_t v[BYTES]; };
 struct Ints { std::int32_t v[LANES]; };
