@@ -225,7 +225,7 @@ class Model:
                     if every:
                         out.append(self._decoder.head(x)[rows.skip : rows.skip + rows.count])
                 if not every:
-                    last = self._decoder.backend.take(x, rows.skip + rows.count - 1)
+                    last = self._decoder.backend.take(x, np.array([rows.skip + rows.count - 1]))
                     out.append(self._decoder.head(last))
         except BaseException:
             session.truncate(before)

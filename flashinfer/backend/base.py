@@ -6,7 +6,7 @@ bytes and the codec they have in the store. All arithmetic runs on tiles whose s
 the cache, the order on disk, the prompt's chunking or the number of threads.
 
 A token axis is either 1 (decode) or a multiple of TILE_TOKENS whose tiles are anchored to absolute
-positions (prefill); `model.rows` makes it so.
+positions (prefill), or some of such rows (`Backend.together`); `model.rows` makes it so.
 """
 
 from __future__ import annotations
@@ -81,6 +81,9 @@ class Backend(Protocol):
     name: str
     threads: int
     footprint: Footprint
+    together: int
+    """Of a prompt's rows, so many from a multiple of it on are taken out together, or none of them: 1 where a row's
+    bits do not depend on its place among others."""
 
     def vector(self, values: Floats) -> Buffer:
         """A resident float32 vector or table, copied."""
@@ -100,8 +103,12 @@ class Backend(Protocol):
         """Host float32 `[tokens, width]` as an activation, copied."""
         ...
 
-    def take(self, x: Buffer, row: int) -> Buffer:
-        """Row `row` as an activation of one token, copied."""
+    def take(self, x: Buffer, rows: Index) -> Buffer:
+        """These rows as an activation of as many tokens, copied."""
+        ...
+
+    def put(self, x: Buffer, rows: Index, y: Buffer) -> None:
+        """These rows, each at most once, become those of `y`. Writes `x`."""
         ...
 
     def fetch(self, x: Buffer) -> Floats:

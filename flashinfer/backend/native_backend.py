@@ -69,6 +69,7 @@ class NativeBackend:
         self.name = f"native-{self._engine.name}"
         self.threads = threads
         self.footprint = NATIVE
+        self.together = 1
 
     @property
     def scratch_bytes(self) -> int:
@@ -89,8 +90,11 @@ class NativeBackend:
     def place(self, values: Floats) -> Floats:
         return np.array(values, dtype=np.float32, order="C")
 
-    def take(self, x: Floats, row: int) -> Floats:
-        return x[row : row + 1].copy()
+    def take(self, x: Floats, rows: Index) -> Floats:
+        return x[rows]
+
+    def put(self, x: Floats, rows: Index, y: Floats) -> None:
+        x[rows] = y
 
     def fetch(self, x: Floats) -> Floats:
         return x.copy()

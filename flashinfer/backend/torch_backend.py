@@ -39,6 +39,7 @@ class TorchBackend:
             raise DeviceError(f"device {device!r} is not available to torch {torch.__version__}; use --device cpu")
         self.name = f"torch-{device}"
         self.footprint = TORCH
+        self.together = TILE_TOKENS
         self.threads = threads
         self._device = torch.device(device)
         self._pool = None
@@ -62,8 +63,11 @@ class TorchBackend:
     def place(self, values: Floats) -> Tensor:
         return torch.tensor(values, device=self._device)
 
-    def take(self, x: Tensor, row: int) -> Tensor:
-        return x[row : row + 1].clone()
+    def take(self, x: Tensor, rows: Index) -> Tensor:
+        return x[torch.from_numpy(rows).to(self._device)]
+
+    def put(self, x: Tensor, rows: Index, y: Tensor) -> None:
+        x[torch.from_numpy(rows).to(self._device)] = y
 
     def fetch(self, x: Tensor) -> Floats:
         host: Floats = x.cpu().numpy().copy()

@@ -87,6 +87,7 @@ def _activations(m: Manifest, r: Request) -> int:
         + 4 * f.num_heads * f.head_dim
         + (0 if f.latent is None else 2 * f.num_heads * f.head_dim + 2 * (f.latent.kv_rank + (f.latent.q_rank or 0)))
         + (5 * f.intermediate_size if any(layer.experts is None for layer in m.layers) else 0)
+        + (0 if f.experts is None else 2 * f.hidden_size)
         + r.adapter.values
     )
     rope = round_up(r.context, TILE_TOKENS) * sum(

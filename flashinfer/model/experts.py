@@ -67,14 +67,29 @@ class Mixture:
         every[:, rows.skip : rows.skip + rows.count] = shares.T
         out = self._biases(layer, every[: experts.count])
         for group in self._weights.neurons(layer, selection, tiles, guess):
-            for part in _parts(group, rows.total):
-                some = _numbered(tiles[part.first : part.last])
-                gate = backend.zeros(rows.total, len(some) * TILE_ROWS)
-                backend.decide(gate, x, some, part.memory, part.offsets, bundle)
-                fired = backend.fire(gate, self._facts.activation, some, self._facts.fires_above)
-                backend.weigh(fired, every[owners[part.first : part.last]])
-                backend.ffn(out, x, fired, part.memory, part.offsets, bundle)
+            if rows.total == 1:
+                self._add(out, x, tiles, every[owners[group.first : group.last]], group, bundle)
+                continue
+            for part in _by_owner(group, owners):
+                shared = every[owners[part.first]]
+                who = _together(shared != 0, backend.together)
+                if not len(who):
+                    continue
+                acc, weights = backend.take(out, who), np.tile(shared[who], (part.last - part.first, 1))
+                self._add(acc, backend.take(x, who), tiles, weights, part, bundle)
+                backend.put(out, who, acc)
         return out
+
+    def _add(self, acc: Buffer, x: Buffer, tiles: Index, weights: Floats, group: Group, bundle: Bundle) -> None:
+        """Add what a group's neurons give for x, `[tokens, hidden]`. weights: of its tiles, `[tiles, tokens]`."""
+        backend, tokens = self._weights.backend, weights.shape[1]
+        for part in _parts(group, tokens):
+            some = _numbered(tiles[part.first : part.last])
+            gate = backend.zeros(tokens, len(some) * TILE_ROWS)
+            backend.decide(gate, x, some, part.memory, part.offsets, bundle)
+            fired = backend.fire(gate, self._facts.activation, some, self._facts.fires_above)
+            backend.weigh(fired, weights[part.first - group.first : part.last - group.first])
+            backend.ffn(acc, x, fired, part.memory, part.offsets, bundle)
 
     def _biases(self, layer: int, shares: Floats) -> Buffer:
         """What experts add whatever they are given: their biases by what is taken of them, `[tokens, hidden]`. shares:
@@ -113,12 +128,27 @@ class Mixture:
         return unit_tiles(units_of(columns, experts), experts.size, experts.neurons)
 
 
+def _part(group: Group, first: int, last: int) -> Group:
+    return Group(first, last, group.memory, group.offsets[first - group.first : last - group.first])
+
+
 def _parts(group: Group, tokens: int) -> Iterator[Group]:
     """The group in parts whose products and activations take `EXPERT_WORK` bytes at most."""
-    step = max(1, EXPERT_WORK // (4 * tokens * (TILE_ROWS + TILE_NEURONS)))
+    step = max(1, EXPERT_WORK // (4 * max(1, tokens) * (TILE_ROWS + TILE_NEURONS)))
     for first in range(group.first, group.last, step):
-        last = min(group.last, first + step)
-        yield Group(first, last, group.memory, group.offsets[first - group.first : last - group.first])
+        yield _part(group, first, min(group.last, first + step))
+
+
+def _by_owner(group: Group, owners: Index) -> Iterator[Group]:
+    """The group in parts of one expert each; tiles of an expert lie together."""
+    ends = np.flatnonzero(np.diff(owners[group.first : group.last], append=-1)) + group.first + 1
+    for first, last in zip([group.first, *ends[:-1].tolist()], ends.tolist(), strict=True):
+        yield _part(group, first, last)
+
+
+def _together(needed: npt.NDArray[np.bool_], unit: int) -> Index:
+    """The needed rows, and those that must be taken out with them."""
+    return np.flatnonzero(needed.reshape(-1, unit).any(axis=1).repeat(unit))
 
 
 def _numbered(tiles: Index) -> Index:

@@ -171,9 +171,13 @@ class BackendConformance:
         kept = values.copy()
         values[:] = 0
         assert np.array_equal(backend.fetch(x), kept)
-        one = backend.take(x, 2)
+        one = backend.take(x, np.array([2]))
+        some = backend.take(x, np.array([2, 0]))
         backend.add(x, x)
         assert np.array_equal(backend.fetch(one), kept[2:])
+        assert np.array_equal(backend.fetch(some), kept[[2, 0]])
+        backend.put(x, np.array([0, 2]), some)
+        assert np.array_equal(backend.fetch(x), [kept[2], 2 * kept[1], kept[0]])
         fetched = backend.fetch(one)
         backend.add(one, one)
         assert np.array_equal(fetched, kept[2:])
@@ -463,6 +467,24 @@ class BackendConformance:
             backend.close()
         for other in results[1:]:
             assert all(np.array_equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    @pytest.mark.parametrize("codec", ["f16", "int8", "int4g64"])
+    def test_rows_that_are_taken_out_together_have_the_same_bits(self, backend: Backend, codec: str) -> None:
+        tokens, unit = 64, backend.together
+        needed = np.random.default_rng(1).random(tokens // unit) < 0.4
+        rows = np.flatnonzero(needed.repeat(unit))
+        assert 0 < len(rows) < tokens
+        layer, index = Layer(codec, 150, 96, gated=True, bias=True, decision=True), tiles_of(150)
+
+        def run(x: Any, acc: Any) -> Any:
+            gate = backend.zeros(x.shape[0], 150)
+            backend.decide(gate, x, index, layer.memory, layer.offsets(index), layer.bundle)
+            backend.ffn(acc, x, backend.fire(gate, "relu", index), layer.memory, layer.offsets(index), layer.bundle)
+            return backend.fetch(acc)
+
+        x, acc = backend.place(normal(1, tokens, 96)), backend.place(normal(2, tokens, 96))
+        some = run(backend.take(x, rows), backend.take(acc, rows))
+        assert same(some, run(x, acc)[rows])
 
     @pytest.mark.parametrize(("count", "size"), [(0, 8), (1, 1), (7, 512), (300, 4096)])
     def test_copy(self, backend: Backend, count: int, size: int) -> None:
