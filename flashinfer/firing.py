@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import msgspec
 
 from flashinfer.choice import Choice
-from flashinfer.store import Calibration, Facts, LayerStatistics, Manifest
-from flashinfer.store.geometry import ASSUMED_DENSITY, ASSUMED_KINSHIP, ASSUMED_REUSE, EXPERT_REUSE
+from flashinfer.store import Calibration, Experts, Facts, LayerStatistics, Manifest
+from flashinfer.store.geometry import (
+    ASSUMED_DENSITY,
+    ASSUMED_KINSHIP,
+    ASSUMED_REUSE,
+    EXPERT_REUSE,
+    FINE_EXPERT_REUSE,
+    FINE_EXPERTS,
+)  # fmt: skip
 
 SAME_LEVEL = 0.02
 """Statistics were taken at one level of a predictor; levels whose density differs by less are not told apart."""
@@ -63,7 +70,11 @@ class Firing:
 
     def _chosen(self, tokens: int) -> float:
         """Of the neurons that not every token needs, the share that so many tokens in a row need together."""
-        each = (self.density - self.always) / (1.0 - self.always) if self.always < 1.0 else 0.0
+        if self.always == 1.0:
+            return 0.0
+        if self.measured is not None:
+            return max(0.0, self.needed(tokens) - self.always) / (1.0 - self.always)
+        each = (self.density - self.always) / (1.0 - self.always)
         return 1.0 - float((1.0 - each) ** (tokens**ASSUMED_KINSHIP))
 
 
@@ -78,9 +89,10 @@ def firing_of(manifest: Manifest, choice: Choice, calibration: Calibration | Non
     """What is known of each layer of this store under that predictor."""
     if not choice.selects(manifest.facts):
         return (Firing(density=1.0),) * len(manifest.layers)
-    if choice.kind == "router":
-        return tuple(_routed(manifest.facts, i, choice) for i in range(len(manifest.layers)))
     known = calibration.statistics.get(choice.kind) if calibration is not None and choice.kind != "all" else None
+    if choice.kind == "router":
+        layers = range(len(manifest.layers))
+        return tuple(_routed(manifest.facts, i, choice, None if known is None else known[i]) for i in layers)
     if known is not None:
         chosen = sum(s.density for s in known) / len(known)
         times = 1.0 if choice.level is None else choice.level.density / chosen
@@ -90,16 +102,24 @@ def firing_of(manifest: Manifest, choice: Choice, calibration: Calibration | Non
     return (Firing(density=density),) * len(manifest.layers)
 
 
-def _routed(facts: Facts, layer: int, choice: Choice) -> Firing:
-    """Tokens choose experts as if at random, but for `EXPERT_REUSE`; a dense layer is needed by all."""
+def _routed(facts: Facts, layer: int, choice: Choice, known: LayerStatistics | None) -> Firing:
+    """Where nothing was measured, tokens choose experts as if at random, but for a reuse that is assumed; a dense layer
+    is needed by all."""
     experts = facts.routed(layer)
     if experts is None:
         return Firing(density=1.0, always=1.0)
-    chosen, shared = (choice.experts or experts.per_token) * experts.size, experts.shared_size
-    return Firing(
-        density=(chosen + shared) / experts.neurons, reuse=EXPERT_REUSE, always=shared / experts.neurons,
-        together=experts.size,
-    )  # fmt: skip
+    reuse = EXPERT_REUSE if experts.count < FINE_EXPERTS else FINE_EXPERT_REUSE
+    chosen = _needed_share(experts, choice.experts or experts.per_token)
+    assumed = Firing(chosen, reuse, always=experts.shared_size / experts.neurons, together=experts.size)
+    if known is None:
+        return assumed
+    times = chosen / _needed_share(experts, experts.per_token)
+    return replace(assumed, source="measured", measured=_times(known, times))
+
+
+def _needed_share(experts: Experts, per_token: int) -> float:
+    """Of a layer's neurons, the share that a token needs which gets so many experts."""
+    return (per_token * experts.size + experts.shared_size) / experts.neurons
 
 
 def _times(s: LayerStatistics, times: float) -> LayerStatistics:

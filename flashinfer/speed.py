@@ -254,11 +254,17 @@ def _selected_cost(c: Conditions, n: NeuronLayer, firing: Firing, kept: float, h
     read, reads = _neuron_reads(c, n, missing, max(1.0, tiles), half)
     disk = c.disk.seconds(reads, read, min(c.run.io.in_flight, reads, max(1.0, 2 * half / n.record_bytes)))
     batches = max(1.0, disk / c.disk.seconds(half / n.record_bytes, half, c.run.io.in_flight))
-    rate = c.rates.bundle if tokens == 1 else c.rates.bundle_prompt / math.ceil(tokens / TILE_TOKENS)
+    passes = math.ceil(_sharing(n, firing, tokens) / TILE_TOKENS)
+    rate = c.rates.bundle if tokens == 1 else c.rates.bundle_prompt / passes
     compute = tiles * TILE_NEURONS * n.bundle_bytes / rate
     bookkeeping = touched * n.records * RECORD_SECONDS + batches * BATCH_SECONDS
     waited = disk - min(disk, compute) * (1.0 - 1.0 / batches)
     return Cost(read, reads, active * n.neurons * n.bundle_bytes, 0.0, waited, compute + bookkeeping)
+
+
+def _sharing(n: NeuronLayer, firing: Firing, tokens: int) -> float:
+    """Tokens of a prompt that a needed neuron is computed for: of an expert, those that get it."""
+    return tokens if n.experts is None else tokens * firing.density / firing.needed(tokens)
 
 
 def _run_at_the_end(c: Conditions, n: NeuronLayer, missing: float, piece: int) -> tuple[float, float]:

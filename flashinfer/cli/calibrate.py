@@ -158,12 +158,13 @@ def _lines(report: Report) -> list[str]:
     from flashinfer.units import format_size
 
     c, m = report.calibration, report.manifest
-    lines = [f"calibrated on {c.tokens} tokens, judged by {c.held_out} others"]
+    lines = [f"calibrated on {c.tokens} tokens" + (f", judged by {c.held_out} others" if c.held_out else "")]
     for kind, layers in c.statistics.items():
         density = sum(s.density for s in layers) / len(layers)
         lines.append(f"  {kind}: a token needs {density:.1%} of the neurons")
     size = m.predictor_bytes()
-    lines.append(f"  predictors: {format_size(size)}, {size / m.weight_bytes():.1%} of the weights")
+    if size:
+        lines.append(f"  predictors: {format_size(size)}, {size / m.weight_bytes():.1%} of the weights")
     lines += [_level_line(level, n in c.chosen.values()) for n, level in enumerate(c.levels)]
     return lines
 

@@ -25,8 +25,8 @@ SHARES = 17
 HOTTEST = (0.01, 0.02, 0.05, 0.10, 0.20, 0.50)
 """Shares of the neurons at the points of `hot`."""
 
-Selection = Literal["exact", "certified", "low-rank", "threshold"]
-"""What chose the neurons that were counted."""
+Selection = Literal["exact", "certified", "low-rank", "threshold", "router"]
+"""What chose the neurons that were counted. Of a `router` experts are counted, in place of neurons and of records."""
 Approximate = Literal["low-rank", "threshold"]
 """Predictors that may change the output."""
 _HASH = re.compile(r"[0-9a-f]{32}")

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -19,12 +20,15 @@ from flashinfer.tune.collect import collect, sample_bytes
 from flashinfer.tune.job import Job, Made, Progress
 from flashinfer.tune.levels import Judge, Judged, with_recall
 from flashinfer.tune.make import check_room, make_sparse, make_thresholds
+from flashinfer.tune.mixture import count_experts
 from flashinfer.tune.options import Options
 from flashinfer.tune.perplexity import Ids, Protocol, bos_of
+from flashinfer.tune.statistics import REPLAYED
 from flashinfer.tune.text import TextTokens, read_tokens, split
 from flashinfer.tune.threshold import within_budget
 from flashinfer.tune.trial import Trial
 from flashinfer.tune.work import Work, check_writable, work_bytes
+from flashinfer.units import MIB
 
 REFINED = 4
 """Thresholds tried between two levels to find the density that a perplexity allows."""
@@ -59,11 +63,9 @@ def calibrate(
         CapTooSmallError: the cap is too small for a step. Else what `Model` raises.
     """
     store = open_store(path)
-    if store.manifest.facts.experts is not None:
-        raise PredictorError(
-            f"{path} is a mixture of experts: its router says who is needed, so there is nothing to learn"
-        )
     check_writable(store.root)
+    if store.manifest.facts.experts is not None:
+        return _count_experts(store, text, options, cap=cap, run=run, device=device, progress=progress)
     options = options.suited(store.manifest)
     context = min(options.context, store.manifest.facts.context_length)
     tokens, bos = _read(store, text, options, context)
@@ -81,6 +83,28 @@ def calibrate(
             raise
         work.remove()
     return report
+
+
+def _count_experts(
+    store: Store, text: Path, options: Options, *, cap: Cap, run: RunConfig, device: str, progress: Progress
+) -> Report:
+    """Of a mixture of experts: statistics of at most as many tokens as are replayed, in one go."""
+    if options.make:
+        raise PredictorError(
+            f"{store.root} is a mixture of experts: its router says who is needed, so there is no predictor to make; "
+            "leave --predictor out"
+        )
+    context = min(options.context, store.manifest.facts.context_length)
+    tokens, bos = _read(store, text, options, context)
+    ids = tokens.ids[:REPLAYED]
+    with StoreUpdate(store, need=MIB) as update:
+        found = count_experts(
+            store, ids, context=context, bos=bos, cap=cap, run=run, device=device,
+            progress=partial(progress, "running the text"),
+        )  # fmt: skip
+        calibration = Calibration(f"{__distribution__} {__version__}", tokens.xxh3, len(ids), 0, {"router": found})
+        Trial(update, store.manifest, calibration).commit(calibration)
+    return Report(store.manifest, calibration, False)
 
 
 def _read(store: Store, text: Path, options: Options, context: int) -> tuple[TextTokens, int | None]:

@@ -81,7 +81,8 @@ def collect(
     total = sum(map(len, windows))
     missing = [part for part in parts if not work.done(_name(part))]
     if missing and not work.done("samples"):
-        with _opened(store, cap, context=context, run=run, device=device) as model:
+        size = observing_bytes(store.manifest.facts, run.prefill_chunk)
+        with looked_at(store, cap, size, context=context, run=run, device=device) as model:
             for part in missing:
                 _run_part(model, [windows[i] for i in part], work, part, partial(_further, progress, done, total))
                 done += sum(len(windows[i]) for i in part)
@@ -90,9 +91,12 @@ def collect(
 
 
 @contextmanager
-def _opened(store: Store, cap: Cap, *, context: int, run: RunConfig, device: str) -> Iterator[Model]:
-    """The model, with room left for observing it; without what was calibrated before, which may be damaged."""
-    size = observing_bytes(store.manifest.facts, run.prefill_chunk)
+def looked_at(store: Store, cap: Cap, size: int, *, context: int, run: RunConfig, device: str) -> Iterator[Model]:
+    """The model, with so many bytes left for observing it; without what was calibrated before, which may be damaged.
+
+    Raises:
+        CapTooSmallError: the cap is below the model's floor and that. Else what `Model` raises.
+    """
     less = cap if cap.memory is None else Cap(memory=max(1, cap.memory - size))
     bare = Store(store.root, msgspec.structs.replace(store.manifest, sections={}))
     try:

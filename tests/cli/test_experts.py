@@ -32,7 +32,10 @@ def test_inspect(store: Path) -> None:
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [((), "nothing to learn"), (("--quant", "nf4"), "only `flashinfer pack --quant` can quantise")],
+    [
+        (("--predictor", "low-rank"), "there is no predictor to make"),
+        (("--quant", "nf4"), "only `flashinfer pack --quant` can quantise"),
+    ],
 )
 def test_what_it_needs_not(store: Path, more: tuple[str, ...], message: str) -> None:
     done = run("calibrate", str(store), "--text", str(store.parent / "text.txt"), *more)
