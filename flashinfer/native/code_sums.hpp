@@ -3,14 +3,14 @@
 // A row adds `factor * value` to a column, fused, where `factor` is h times the scale, rounded, and the value is the
 // code's before its scale; then, of a codec with zero-points, h times the zero-point, rounded.
 
-constexpr long SPAN = 1024;  // columns whose factors are kept together
-constexpr long SPAN_GROUPS = SPAN / CHUNK + 2 * LANES;
+constexpr long SPAN = 4096;       // columns whose factors are kept together, of one token
+constexpr long WIDE_SPAN = 1024;  // and of some
 constexpr int SUM_LANES = 4; // times sixteen columns, whose chains of sums overlap
 constexpr long BLOCK = 128;  // columns of 64 bytes of nibbles
 
 // Of the groups of columns [from, to) of R rows: h times the scale, h times the zero-point.
-template <int R> struct Factors {
-    float scale[R][SPAN_GROUPS], zero[R][SPAN_GROUPS];
+template <int R, long COLUMNS = SPAN> struct Factors {
+    float scale[R][COLUMNS / CHUNK + 2 * LANES], zero[R][COLUMNS / CHUNK + 2 * LANES];
 
     FLASHINFER_METHOD void load_row(const Place& p, int r, Raw row, float h, long from, long to) {
         const long count = load_scales(p, row, from, to, h, scale[r]);
@@ -154,7 +154,7 @@ template <Form F, bool ZERO, int T>
 void wide_sums(const Place& p, Rows rows, const float* h, long h_stride, long from, long to, float* acc,
                long acc_stride) {
     const Values<F> values(p.codec);
-    Factors<MOST_ROWS> scales;
+    Factors<MOST_ROWS, WIDE_SPAN> scales;
     Raw codes[MOST_ROWS];
     for (int r = 0; r < rows.count; r++) {
         scales.load_row(p, r, rows.at[r], 1, from, to);
@@ -182,14 +182,15 @@ void sums_of(const Codec& c, Rows rows, const float* h, long h_stride, int token
              float* acc, long acc_stride) {
     constexpr int T = WIDE_TOKENS;
     const Place p(c, width);
-    for (long begin = from; begin < from + cols; begin += SPAN) {
-        const long end = least(from + cols, begin + SPAN);
-        float* to = acc + begin - from;
-        int t = 0;
-        for (; t + T <= tokens; t += T)
-            wide_sums<F, ZERO, T>(p, rows, h + t * h_stride, h_stride, begin, end, to + t * acc_stride, acc_stride);
-        for (; t < tokens; t++) decode_sums<F, ZERO>(p, rows, h + t * h_stride, begin, end, to + t * acc_stride);
-    }
+    const long end = from + cols;
+    int t = 0;
+    for (; t + T <= tokens; t += T)
+        for (long k = from; k < end; k += WIDE_SPAN)
+            wide_sums<F, ZERO, T>(p, rows, h + t * h_stride, h_stride, k, least(end, k + WIDE_SPAN),
+                                  acc + t * acc_stride + k - from, acc_stride);
+    for (; t < tokens; t++)
+        for (long k = from; k < end; k += SPAN)
+            decode_sums<F, ZERO>(p, rows, h + t * h_stride, k, least(end, k + SPAN), acc + t * acc_stride + k - from);
 }
 
 // What the outliers among the columns add, row after row.

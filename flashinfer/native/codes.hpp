@@ -44,7 +44,11 @@ FLASHINFER_INLINE Lanes zero_points(const Place& p, Raw row, long g, int n) {
 FLASHINFER_INLINE long load_scales(const Place& p, Raw row, long from, long to, float factor, float* out) {
     const long first = p.group(from), count = p.group(to - 1) + 1 - first;
     const Lanes unit = broadcast(p.unit), times = broadcast(factor);
-    for (long i = 0, n; i < count; i += n) {
+    long i = 0;
+    if (p.codec.scale == Scale::f16)  // as far as whole loads stay within the row: codes lie behind the scales
+        for (; i < count && 2 * (first + i + LANES) <= p.codes + p.stored / 2; i += LANES)
+            store(out + i, mul(mul(load<Type::f16>(row + 2 * (first + i)), unit), times));
+    for (long n; i < count; i += n) {
         n = least(LANES, least(count - i, 256 - ((first + i) & 255)));
         const Lanes scales = mul(mul(stored_scales(p, row, first + i, int(n)), unit), times);
         n < LANES ? store_part(out + i, scales, int(n)) : store(out + i, scales);
