@@ -14,9 +14,7 @@ constexpr long ROUND = 128;               // columns are split at multiples of t
 constexpr long ceil_div(long a, long b) { return (a + b - 1) / b; }
 constexpr long round_up(long a, long b) { return ceil_div(a, b) * b; }
 
-// Columns of one task: a few tasks per thread, so that a late one costs little.
-constexpr long column_share(long width, long threads) {
-    return round_up(ceil_div(width, threads == 1 ? 1 : 2 * threads), ROUND);
-}
+// Columns of one task, one for each thread: shorter pieces of rows anywhere in memory are read more slowly.
+constexpr long column_share(long width, long threads) { return round_up(ceil_div(width, threads), ROUND); }
 
 }  // namespace flashinfer
