@@ -1,6 +1,6 @@
 """What each codec costs in quality and saves in bytes: the table of `docs/quantization.md`.
 
-    python benchmarks/codecs.py CHECKPOINT --text HELD_OUT [--calibrate TEXT] [--into docs/quantization.md]
+    python benchmarks/codecs.py CHECKPOINT --text HELD_OUT [--calibrate TEXT] [--tokens N] [--into docs/quantization.md]
 
 Every codec is packed and held against the checkpoint's own type on the same text by `flashinfer eval`, with half of the
 store's weight bytes in memory and the fewest bytes as the objective. With --calibrate each store is calibrated on that
@@ -70,7 +70,7 @@ def table(a: argparse.Namespace, codecs: list[str]) -> list[str]:
             flashinfer("pack", a.checkpoint, store, "--quant", codec)
             row = judged(store, reference, a)
             if a.calibrate is not None:
-                flashinfer("calibrate", store, "--text", a.calibrate, "--predictor", "certified", "--tokens", 8192)
+                flashinfer("calibrate", store, "--text", a.calibrate, "--predictor", "certified", "--tokens", a.tokens)
                 after = judged(store, reference, a)
             lines.append(f"| {' | '.join(cells(codec, store, row, after))} |")
             print(lines[-1], file=sys.stderr)

@@ -38,6 +38,9 @@ MPT: dict[str, Any] = {
     "vocab_size": 89, "d_model": 40, "n_layers": 3, "n_heads": 4, "max_seq_len": CONTEXT, "bos_token_id": 1,
     "eos_token_id": 2,
 }  # fmt: skip
+OPT: dict[str, Any] = {k: v for k, v in SIZES.items() if k not in ("intermediate_size", "num_key_value_heads")} | {
+    "ffn_dim": 107, "word_embed_proj_dim": 40,
+}  # fmt: skip
 GPT: dict[str, Any] = {
     "vocab_size": 89, "n_embd": 40, "n_inner": 107, "n_layer": 3, "n_head": 4, "n_positions": CONTEXT,
     "bos_token_id": 1, "eos_token_id": 2,
@@ -116,6 +119,11 @@ DEEPSEEK: dict[str, Any] = {
 }  # fmt: skip
 LONG = [1.0 + 0.7 * i for i in range(5)]
 CASES: dict[str, Case] = {
+    "llama": _case("llama"),
+    "llama-relu": _case("llama", hidden_act="relu", attention_bias=True, mlp_bias=True),
+    "opt": Case("opt", OPT),
+    "opt-post-norm": Case("opt", OPT | {"word_embed_proj_dim": 24, "do_layer_norm_before": False}),
+    "nanochat": _case("nanochat", final_logit_softcapping=3.0),
     "mistral": _case("mistral", sliding_window=None, head_dim=16),
     "mistral-window": _case("mistral", sliding_window=24),
     "qwen2": _case("qwen2", tie_word_embeddings=True),

@@ -63,6 +63,7 @@ def _rope(values: Values, source: RopeSource, theta: Source, table: Any) -> Rope
         "theta": table.get("rope_theta") or values.find(theta, "rope theta"),
         "rotary_dim": _rotary_dim(values, source, table),
         "skipped": () if source.layers is None else _skipped(values, source.layers),
+        "reversed": source.reversed,
     }
     try:
         return msgspec.convert(fields | _scaling(values, kind, table), Rope)

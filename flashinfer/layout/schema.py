@@ -67,6 +67,7 @@ class RopeSource(_Strict, frozen=True):
     Where not all of `when` hold there are none. Of `rotary_dim` values a share `partial` is turned, where it is given
     here or in the table. `local_theta`: layers with a window have a rope of their own (Gemma 3), unscaled unless the
     table says so. `mscale`: the table's `mscale_all_dim` scales attention, too (DeepSeek).
+    `reversed`: pairs are turned the other way.
     """
 
     theta: Source
@@ -76,6 +77,7 @@ class RopeSource(_Strict, frozen=True):
     layers: RotatedLayers | None = None
     local_theta: Source | None = None
     mscale: bool = False
+    reversed: bool = False
     when: tuple[str, ...] = ()
 
 

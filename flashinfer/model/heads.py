@@ -30,8 +30,12 @@ class Heads:
     def prepare(self, layer: int, part: Literal["q", "k"], x: Buffer, rows: Rows) -> Buffer:
         """Queries or keys of a layer as attention wants them, which divides products by `sqrt(head_dim)`. May
         overwrite `x`."""
-        f = self._facts
-        x = self.turn(layer, self._norm(f"layers.{layer}.attn.{part}_norm", x), rows)
+        f, norm = self._facts, f"layers.{layer}.attn.{part}_norm"
+        x = (
+            self._norm(norm, self.turn(layer, x, rows))
+            if f.turned_first
+            else self.turn(layer, self._norm(norm, x), rows)
+        )
         if part == "q" and f.attention_scale is not None:
             x = self._backend.multiply(x, f.attention_scale * math.sqrt(f.head_dim))
         return x

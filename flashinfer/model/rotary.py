@@ -68,5 +68,5 @@ def _yarn_kept(rope: Rope) -> npt.NDArray[np.floating]:
 def rotary_tables(rope: Rope, positions: int, context: int) -> tuple[Floats, Floats]:
     """cos and sin, each `[positions, rotary_dim / 2]`; made once, so a position always has the same bits."""
     angles = np.outer(np.arange(positions, dtype=np.float32), inverse_frequencies(rope, context))
-    factor = np.float32(rope.attention_factor)
-    return np.cos(angles) * factor, np.sin(angles) * factor
+    factor, way = np.float32(rope.attention_factor), np.float32(-1 if rope.reversed else 1)
+    return np.cos(angles) * factor, np.sin(angles) * (way * factor)

@@ -24,8 +24,8 @@ def shares(products: Floats, experts: Experts, per_token: int, correction: Float
     scores, ranks = _scores(products.astype(np.float64), experts, correction)
     ranks = _within_groups(ranks, experts)
     chosen = np.argsort(-ranks, axis=1, kind="stable")[:, :per_token]
-    taken = np.zeros_like(scores)
-    np.put_along_axis(taken, chosen, np.take_along_axis(scores, chosen, axis=1), axis=1)
+    taken, rows = np.zeros_like(scores), np.arange(len(scores))[:, None]
+    taken[rows, chosen] = scores[rows, chosen]
     if experts.normalised:
         taken /= _sums(taken) + NEVER_ZERO
     return (taken * experts.scale).astype(np.float32)

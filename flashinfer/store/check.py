@@ -23,6 +23,7 @@ from flashinfer.store.roles import (
     outliers_role,
     predictor_shapes,
     role_shapes,
+    sketch_codec,
     sketch_role,
 )
 
@@ -155,7 +156,11 @@ def _check_sketch(m: Manifest, i: int, need: Need) -> None:
     need(bias == (weight and biased), f"layer {i}: a sketch has a copy of the decision's bias, where that has one")
     if weight:
         codec = m.tensors[sketch_role(i, "weight")].codec
-        need(codec == "int8g32", f"tensor {sketch_role(i, 'weight')} has codec {codec}, int8g32 was expected")
+        own = next((p.codec for p in m.layers[i].parts if p.role == f"{m.facts.decision}.weight"), "int8g32")
+        need(
+            codec in ("int8g32", sketch_codec(own)),
+            f"tensor {sketch_role(i, 'weight')} has codec {codec}, {sketch_codec(own)} was expected",
+        )
 
 
 def _check_tensor(m: Manifest, role: str, t: TensorEntry, need: Need) -> None:

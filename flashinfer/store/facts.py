@@ -29,7 +29,7 @@ class Rope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `model/rotary.py` has the scalings. `attention_factor` multiplies cosines and sines; `beta_fast`, `beta_slow` and
     `truncate` are YaRN's, the two lists of factors (one for each pair) LongRoPE's. In layers `skipped` nothing is
-    turned.
+    turned. `reversed`: pairs are turned the other way (nanochat).
     """
 
     theta: float
@@ -46,6 +46,7 @@ class Rope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
     skipped: tuple[int, ...] = ()
+    reversed: bool = False
 
 
 class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -107,7 +108,8 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     residual (`output`), or input and addition, each with weights of its own (`both`).
     `parallel`: attention and FFN both take the layer's input, and both are added to it.
     `qk_norm`: queries and keys are normed over each head, with the same weights for all heads (`head`) or weights for
-    each (`heads`), or over their whole width (`width`).
+    each (`heads`), or over their whole width (`width`). `turned_first`: after they got their rotary positions, not
+    before (nanochat).
     `position_offset` is added to a position before it indexes the learned table (OPT: 2).
     `final_norm`: whether the last layer's output is normed (not in post-norm models). `norm_affine`: whether
     norms have weights.
@@ -148,6 +150,7 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     norm_affine: bool = True
     parallel: bool = False
     qk_norm: Literal["none", "head", "heads", "width"] = "none"
+    turned_first: bool = False
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
@@ -215,10 +218,11 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 LATER_FACTS: frozenset[str] = frozenset({
-    "parallel", "qk_norm", "embed_scale", "residual_scale", "logit_scale", "attention_scale", "window",
+    "parallel", "qk_norm", "turned_first", "embed_scale", "residual_scale", "logit_scale", "attention_scale", "window",
     "global_layers", "local_rope", "attention_softcap", "logit_softcap", "fires_above",
     "alibi", "alibi_scaled", "embed_norm", "sinks", "experts", "latent",
     "attention_factor", "beta_fast", "beta_slow", "truncate", "short_factor", "long_factor", "skipped",
+    "reversed",
 })  # fmt: skip
 """Facts that came after the first stores: written only where they differ from their defaults."""
 

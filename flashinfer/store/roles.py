@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from flashinfer.quant import codec_named
 from flashinfer.store.facts import Facts, Latent
 from flashinfer.store.manifest import Manifest
 
@@ -48,6 +49,11 @@ def lowrank_role(layer: int, part: str) -> str:
 def sketch_role(layer: int, part: str) -> str:
     """Name of a part of the decision matrix's sketch: `weight` `[neurons, hidden]`, `slack` or `bias` `[neurons]`."""
     return ffn_role(layer, f"sketch.{part}")
+
+
+def sketch_codec(decision: str) -> str:
+    """The codec of the sketch of a decision matrix that comes in that codec: int8g32, or its own where that is less."""
+    return min("int8g32", decision, key=lambda name: codec_named(name).row_bytes(4096))
 
 
 def threshold_role(layer: int) -> str:

@@ -1,5 +1,8 @@
 """Sketches: 8-bit copies of decision matrices that prove which neurons cannot fire; and the file predictors lie in.
 
+A decision matrix that takes no more than eight bits itself is its own sketch: its products are the true ones, to the
+bit, so nothing has to be proved, and `slack` is 0.
+
 The proof. Let w be a row of the decision matrix, q its decoded sketch, x a token. Whatever the order of summation, a
 float32 product of n values is off by at most `gamma |w| |x|`, gamma = n u / (1 - n u), u = 2**-24 (Higham, "Accuracy
 and Stability of Numerical Algorithms", 3.1, and Cauchy-Schwarz; underflow, an absolute term, is left to the reader of
@@ -20,7 +23,7 @@ from flashinfer.store import Facts, FileEntry, Store, StoreUpdate, TensorEntry
 from flashinfer.store.dense import DensePlan, DenseTensor, plan_dense, write_dense
 from flashinfer.store.neurons import Bytes
 from flashinfer.store.progress import Meter, Progress
-from flashinfer.store.roles import all_roles, ffn_role, sketch_role
+from flashinfer.store.roles import all_roles, ffn_role, sketch_codec, sketch_role
 from flashinfer.tune.gather import Source
 
 F32 = npt.NDArray[np.float32]
@@ -123,37 +126,52 @@ def decision_blocks(store: Store, layer: int) -> Iterator[tuple[F32, F32 | None]
     Raises:
         StoreError: the matrix is damaged, or cannot be read.
     """
+    codec = codec_named(_decision_codec(store, layer))
+    for raw, biases in _raw_blocks(store, layer):
+        yield codec.decode(raw, store.manifest.facts.hidden_size), biases
+
+
+def _decision_codec(store: Store, layer: int) -> str:
+    weight = f"{store.manifest.facts.decision}.weight"
+    dense = store.manifest.tensors.get(ffn_role(layer, weight))
+    return dense.codec if dense else next(p.codec for p in store.manifest.layers[layer].parts if p.role == weight)
+
+
+def _raw_blocks(store: Store, layer: int) -> Iterator[tuple[Bytes, F32 | None]]:
+    """As `decision_blocks`, rows as they are encoded: `[some neurons, bytes]`."""
     facts = store.manifest.facts
     weight, bias = f"{facts.decision}.weight", f"{facts.decision}.bias"
-    codecs: dict[str, str] = {p.role: p.codec for p in store.manifest.layers[layer].parts}
-    codecs |= {p: t.codec for p in (weight, bias) if (t := store.manifest.tensors.get(ffn_role(layer, p))) is not None}
-    codec = codec_named(codecs[weight])
+    there: set[str] = {p.role for p in store.manifest.layers[layer].parts}
+    there |= {part for part in (weight, bias) if ffn_role(layer, part) in store.manifest.tensors}
     step = max(1, _PIECE // facts.hidden_size)
     with Source(store) as source:
-        for block in source.blocks(layer, [p for p in (weight, bias) if p in codecs]):
+        for block in source.blocks(layer, [part for part in (weight, bias) if part in there]):
             biases = np.ascontiguousarray(block[bias]).view("<f4")[:, 0] if bias in block else None
             for some in (slice(start, start + step) for start in range(0, len(block[weight]), step)):
-                yield codec.decode(block[weight][some], facts.hidden_size), None if biases is None else biases[some]
+                yield block[weight][some], None if biases is None else biases[some]
 
 
 def _layer_tensors(store: Store, layer: int) -> list[PredictorTensor]:
     """The sketch of a layer. One pass over its matrix gives everything: the vectors come later in the file."""
     facts = store.manifest.facts
     neurons, hidden = facts.intermediate_size, facts.hidden_size
-    slack, bias = np.empty(neurons, dtype="<f4"), np.empty(neurons, dtype="<f4")
+    slack, bias = np.zeros(neurons, dtype="<f4"), np.empty(neurons, dtype="<f4")
+    own = _decision_codec(store, layer)
+    name, codec = sketch_codec(own), codec_named(own)
 
     def weights() -> Iterator[memoryview]:
         done = 0
-        for rows, biases in decision_blocks(store, layer):
-            some = slice(done, done + len(rows))
-            encoded, slack[some] = sketch_rows(rows)
+        for raw, biases in _raw_blocks(store, layer):
+            some = slice(done, done + len(raw))
+            if name != own:
+                raw, slack[some] = sketch_rows(codec.decode(raw, hidden))
             if biases is not None:
                 bias[some] = biases
-            done += len(rows)
-            yield encoded.data.cast("B")
+            done = some.stop
+            yield np.ascontiguousarray(raw).data.cast("B")
 
     found = [
-        PredictorTensor(sketch_role(layer, "weight"), "int8g32", (neurons, hidden), weights),
+        PredictorTensor(sketch_role(layer, "weight"), name, (neurons, hidden), weights),
         PredictorTensor(sketch_role(layer, "slack"), "f32", (neurons,), lambda: [slack.data.cast("B")]),
     ]
     role = f"{facts.decision}.bias"

@@ -19,6 +19,7 @@ from flashinfer.config import BackendName, CacheConfig, Cap, IoConfig, RunConfig
 from flashinfer.engine import Model
 from flashinfer.errors import CapTooSmallError, PredictorError
 from flashinfer.model.observe import Seen
+from flashinfer.quant import CODECS
 from tests.calibrated import calibrate_plainly
 from tests.checkpoints import make_llama, make_opt
 from tests.twin import Twin
@@ -28,6 +29,8 @@ DECODED = [int(t) for t in np.random.default_rng(6).integers(3, 96, 8)]
 CONTEXT = 192
 BACKENDS: list[BackendName] = ["torch", *(["native"] if has_native() else [])]
 CASES = [("llama", "float16"), ("llama", "float32"), ("opt", "bfloat16")]
+QUANTISED = [("llama", "int4g32z"), ("opt", "int8")]
+"""Packed in a codec of no more than eight bits: a decision matrix is its own sketch."""
 PACKINGS = [(0, 1), (1, 1), (2, 4)]
 Floats = npt.NDArray[np.float32]
 
@@ -43,17 +46,19 @@ class Made:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
     out = {}
-    for family, dtype in CASES:
+    for family, dtype in CASES + QUANTISED:
         root = tmp_path_factory.mktemp("predictors")
         make = make_opt if family == "opt" else make_llama
         size = {"ffn_dim" if family == "opt" else "intermediate_size": 330}
-        checkpoint = make(root / "checkpoint", dtype=dtype, max_position_embeddings=256, **size)
-        pack(checkpoint, root / "separate")
+        quant = dtype if dtype in CODECS else None
+        kept = "float16" if quant else dtype
+        checkpoint = make(root / "checkpoint", dtype=kept, max_position_embeddings=256, **size)
+        pack(checkpoint, root / "separate", quant=quant)
         bundled = {}
         for seed, bundles in PACKINGS:
             order = [np.random.default_rng(seed * 10 + i).permutation(330) for i in range(3)] if seed else None
             path = root / f"bundled-{seed}-{bundles}"
-            pack(checkpoint, path, decision="bundled", permutation=order, bundles_per_record=bundles)
+            pack(checkpoint, path, quant=quant, decision="bundled", permutation=order, bundles_per_record=bundles)
             bundled[seed, bundles] = calibrate_plainly(path)
         out[f"{family}-{dtype}"] = Made(checkpoint, root / "separate", bundled)
     return out
@@ -118,14 +123,14 @@ def config_of(predictor: str, backend: BackendName, **knobs: object) -> RunConfi
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(case=st.sampled_from([f"{f}-{d}" for f, d in CASES]), backend=st.sampled_from(BACKENDS), **KNOBS)
+@given(case=st.sampled_from([f"{f}-{d}" for f, d in CASES + QUANTISED]), backend=st.sampled_from(BACKENDS), **KNOBS)
 def test_certified_is_exact(made: dict[str, Made], case: str, backend: BackendName, **knobs) -> None:
     config = config_of("certified", backend, **knobs)
     found = run(made[case].bundled[knobs["packing"]], config, knobs["share"], knobs["mode"])
     same(found, exact(made[case].separate, backend), backend)
 
 
-@pytest.mark.parametrize("case", [f"{f}-{d}" for f, d in CASES])
+@pytest.mark.parametrize("case", [f"{f}-{d}" for f, d in CASES + QUANTISED])
 def test_exact_is_the_default_of_a_bundled_store_too(made: dict[str, Made], case: str) -> None:
     store, backend = made[case].bundled[0, 1], BACKENDS[-1]
     with Model.open(store) as model:

@@ -27,12 +27,12 @@ CHANGES: dict[str, Any] = {
     "parallel": True, "qk_norm": "heads", "embed_scale": 12.0, "residual_scale": 0.22, "logit_scale": 0.5,
     "attention_scale": 0.1, "window": 64, "global_layers": (1,), "local_rope": Rope(theta=100.0, rotary_dim=4),
     "attention_softcap": 50.0, "logit_softcap": 30.0, "fires_above": 0.01, "alibi": 8.0, "alibi_scaled": True,
-    "embed_norm": True, "sinks": True, "experts": EXPERTS,
+    "embed_norm": True, "turned_first": True, "sinks": True, "experts": EXPERTS,
     "latent": LATENT,
 }  # fmt: skip
 ROPE_CHANGES: dict[str, Any] = {
     "attention_factor": 1.2, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False, "short_factor": (1.0, 1.0),
-    "long_factor": (2.0, 3.0), "skipped": (1,),
+    "long_factor": (2.0, 3.0), "skipped": (1,), "reversed": True,
 }  # fmt: skip
 
 

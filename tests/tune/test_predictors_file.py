@@ -102,6 +102,24 @@ def test_sketches_of_a_store(tmp_path, blocks, family, arranged):
             assert (opened.read_tensor(f"{at}.bias") == biases[layer]).all()
 
 
+@pytest.mark.parametrize("codec", ["int4g32", "int8", "fp8"])
+def test_a_matrix_of_eight_bits_is_its_own_sketch(tmp_path, blocks, codec):
+    store = made(tmp_path, "opt", quant=f"layers.*={codec}", decision="bundled")
+    with StoreUpdate(store) as update:
+        entry, entries = write_predictors(update, sketch_tensors(store))
+        tensors = store.manifest.tensors | entries
+        update.commit(msgspec.structs.replace(store.manifest, predictors=entry, tensors=tensors))
+    opened = open_store(store.root)
+    biases = decision_of("opt")[1]
+    for layer in range(2):
+        at = f"layers.{layer}.ffn.sketch"
+        rows = np.concatenate([rows for rows, _ in decision_blocks(store, layer)])
+        assert opened.manifest.tensors[f"{at}.weight"].codec == codec
+        assert (opened.read_tensor(f"{at}.weight") == rows).all()
+        assert not opened.read_tensor(f"{at}.slack").any()
+        assert (opened.read_tensor(f"{at}.bias") == biases[layer]).all()
+
+
 @pytest.mark.parametrize("arranged", ["separate", "bundled"])
 def test_damage_is_never_sketched(tmp_path, arranged):
     store = made(tmp_path, "opt", **ARRANGED[arranged])
