@@ -1,11 +1,11 @@
 """What each codec costs in quality and saves in bytes: the table of `docs/quantization.md`.
 
-    python benchmarks/codecs.py CHECKPOINT --text HELD_OUT [--calibrate TEXT] [--tokens N] [--into docs/quantization.md]
+    python benchmarks/codecs.py CHECKPOINT --text HELD_OUT [--calibrate TEXT] [--into docs/quantization.md]
 
 Every codec is packed and held against the checkpoint's own type on the same text by `flashinfer eval`, with half of the
 store's weight bytes in memory and the fewest bytes as the objective. With --calibrate each store is calibrated on that
-text, too (exact selection only: neuron order and records are chosen again), and its bytes, reads and waits stand behind
-those before. --into replaces what lies between the lines `<!-- codecs -->` and `<!-- /codecs -->` of a file.
+text, too (exact selection only: neuron order and records are chosen again), and its bytes, reads and waits over
+CALIBRATED tokens stand behind those before. --into replaces what lies between the lines `<!-- codecs -->` and `<!-- /codecs -->` of a file.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from flashinfer.units import format_size
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- codecs -->", "<!-- /codecs -->"
+CALIBRATED = 2048
+"""Tokens to calibrate on, and to count reads over afterwards."""
 HEADER = ("codec", "store", "perplexity", "against own type", "KL", "top-1", "bytes/token", "reads", "waits, ms",
           "per neuron: bits x parts, stored")  # fmt: skip
 
@@ -38,11 +40,11 @@ def flashinfer(*arguments: object) -> str:
     return done.stdout
 
 
-def judged(store: Path, reference: Path, a: argparse.Namespace) -> dict[str, Any]:
+def judged(store: Path, reference: Path, text: Path, tokens: int) -> dict[str, Any]:
     """The store's row of `flashinfer eval`, held against the reference."""
     half = open_store(store).manifest.weight_bytes() // 2
-    how = ("--against", reference, "--tokens", a.tokens, "--weight-memory", half, "--io-objective", "bytes")
-    found = json.loads(flashinfer("eval", store, "--text", a.text, *how, "--greedy-tokens", 0, "--json"))
+    how = ("--against", reference, "--tokens", tokens, "--weight-memory", half, "--io-objective", "bytes")
+    found = json.loads(flashinfer("eval", store, "--text", text, *how, "--greedy-tokens", 0, "--json"))
     row: dict[str, Any] = found["rows"][1]
     return row
 
@@ -68,10 +70,12 @@ def table(a: argparse.Namespace, codecs: list[str]) -> list[str]:
         for codec in codecs:
             store, after = Path(folder) / f"{codec}.flash", None
             flashinfer("pack", a.checkpoint, store, "--quant", codec)
-            row = judged(store, reference, a)
+            row = judged(store, reference, a.text, a.tokens)
             if a.calibrate is not None:
-                flashinfer("calibrate", store, "--text", a.calibrate, "--predictor", "certified", "--tokens", a.tokens)
-                after = judged(store, reference, a)
+                flashinfer(
+                    "calibrate", store, "--text", a.calibrate, "--predictor", "certified", "--tokens", CALIBRATED
+                )
+                after = judged(store, reference, a.text, CALIBRATED)
             lines.append(f"| {' | '.join(cells(codec, store, row, after))} |")
             print(lines[-1], file=sys.stderr)
     return lines
