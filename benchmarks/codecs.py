@@ -5,7 +5,8 @@
 Every codec is packed and held against the checkpoint's own type on the same text by `flashinfer eval`, with half of the
 store's weight bytes in memory and the fewest bytes as the objective. With --calibrate each store is calibrated on that
 text, too (exact selection only: neuron order and records are chosen again), and its bytes, reads and waits over
-CALIBRATED tokens stand behind those before. --into replaces what lies between the lines `<!-- codecs -->` and `<!-- /codecs -->` of a file.
+CALIBRATED tokens stand behind those before. --into replaces what lies between the lines `<!-- codecs -->` and
+`<!-- /codecs -->` of a file.
 """
 
 from __future__ import annotations
