@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 
+from flashinfer import machine
 from flashinfer.backend.base import Backend, Buffer, Bundle, Part, Scoring
+from flashinfer.backend.copies import Copies, HostCopies
 from flashinfer.backend.footprint import Footprint
 from flashinfer.config import BackendName
 from flashinfer.errors import DeviceError
 
-__all__ = ["Backend", "Buffer", "Bundle", "Footprint", "Part", "Scoring", "has_native", "open_backend"]
+__all__ = [
+    "APART", "Backend", "Buffer", "Bundle", "Copies", "Footprint", "Part", "Scoring", "has_native", "open_backend",
+]  # fmt: skip
+
+APART = "apart"
+"""A device to test with: the CPU, which computes on what was copied to a memory of its own, as a card has one."""
 
 
 def has_native() -> bool:
@@ -18,13 +25,17 @@ def has_native() -> bool:
 
 
 def open_backend(device: str, threads: int, choice: BackendName = "auto") -> Backend:
-    """The backend for `cpu`, `cuda` or `cuda:N`.
+    """The backend for `cpu`, `cuda`, `cuda:N` or `APART`.
 
     On the CPU `auto` is the native one where it was built, else torch. Other devices are torch's.
 
     Raises:
         DeviceError: it is not there.
     """
+    if device == APART:
+        backend = open_backend("cpu", threads, choice)
+        backend.copies = HostCopies(machine.usable_memory())
+        return backend
     if device == "cpu" and choice != "torch" and (choice == "native" or has_native()):
         try:
             from flashinfer.backend.native_backend import NativeBackend

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from flashinfer.backend.copies import Copies
 from flashinfer.backend.footprint import Footprint
 from flashinfer.config import KvType
 from flashinfer.quant import Codec
@@ -84,6 +85,8 @@ class Backend(Protocol):
     together: int
     """Of a prompt's rows, so many from a multiple of it on are taken out together, or none of them: 1 where a row's
     bits do not depend on its place among others."""
+    copies: Copies | None
+    """Where the device has memory of its own: how bytes come there. Verbs take such memory wherever they take Bytes."""
 
     def vector(self, values: Floats) -> Buffer:
         """A resident float32 vector or table, copied."""

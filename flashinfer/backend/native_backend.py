@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashinfer.backend.base import PLAIN, Bundle, Bytes, Floats, Index, Mask, Part, Scoring
+from flashinfer.backend.copies import Copies
 from flashinfer.backend.footprint import NATIVE
 from flashinfer.backend.native_codec import native_codec
 from flashinfer.config import KV_CODECS, TILE_NEURONS, TILE_TOKENS, KvType
@@ -70,6 +71,7 @@ class NativeBackend:
         self.threads = threads
         self.footprint = NATIVE
         self.together = 1
+        self.copies: Copies | None = None
 
     @property
     def scratch_bytes(self) -> int:

@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashinfer.backend.base import PLAIN, Bundle, Bytes, Floats, Index, Mask, Part, Scoring
+from flashinfer.backend.copies import Copies, Memory
 from flashinfer.backend.footprint import TORCH
+from flashinfer.backend.torch_copies import CudaCopies, device_errors
 from flashinfer.backend.torch_tiles import Kv, activated, attend_tile, times
-from flashinfer.backend.torch_weights import Matrix, row_bytes, unpack
+from flashinfer.backend.torch_weights import Matrix, as_tensor, row_bytes, unpack
 from flashinfer.config import KV_CODECS, TILE_KEYS, TILE_NEURONS, TILE_ROWS, TILE_TOKENS, KvType
 from flashinfer.errors import DeviceError
 from flashinfer.quant import Codec
@@ -42,6 +44,7 @@ class TorchBackend:
         self.together = TILE_TOKENS
         self.threads = threads
         self._device = torch.device(device)
+        self.copies: Copies | None = None if device == "cpu" else CudaCopies(self._device)
         self._pool = None
         if threads > 1:
             # torch counts threads per thread, and a new one starts with all cores
@@ -54,11 +57,12 @@ class TorchBackend:
     def vector(self, values: Floats) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._device)
 
-    def matrix(self, raw: Bytes, codec: str | Codec, rows: int, cols: int, *, keep: bool) -> Matrix:
-        return Matrix(torch.from_numpy(raw).view(rows, -1).to(self._device), codec, cols)
+    def matrix(self, raw: Memory, codec: str | Codec, rows: int, cols: int, *, keep: bool) -> Matrix:
+        return Matrix(as_tensor(raw).view(rows, -1).to(self._device), codec, cols)
 
     def zeros(self, tokens: int, width: int) -> Tensor:
-        return torch.zeros(tokens, width, device=self._device)
+        with device_errors(self._device):
+            return torch.zeros(tokens, width, device=self._device)
 
     def place(self, values: Floats) -> Tensor:
         return torch.tensor(values, device=self._device)
@@ -80,17 +84,23 @@ class TorchBackend:
         return host
 
     def close(self) -> None:
+        if self.copies is not None:
+            self.copies.close()
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
 
-    def _scratch(self, name: str, elements: int, dtype: torch.dtype = torch.float32, host: bool = False) -> Tensor:
-        """This thread's scratch of that name, grown when needed."""
+    def _scratch(
+        self, name: str, elements: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> Tensor:
+        """This thread's scratch of that name, grown when needed; on a device the host has its own."""
+        where = device or self._device
+        name = name if where == self._device else f"{name} of the host"
         kept: Tensor | None = getattr(self._local, name, None)
         if kept is None or kept.numel() < elements:
             kept = None
             setattr(self._local, name, None)  # the old one goes before the new one comes
-            kept = torch.zeros(elements, dtype=dtype, device="cpu" if host else self._device)
+            kept = torch.zeros(elements, dtype=dtype, device=where)
             setattr(self._local, name, kept)
         return kept[:elements]
 
@@ -191,16 +201,16 @@ class TorchBackend:
         host.flags.writeable = False
         return host
 
-    def decide(self, gate: Tensor, x: Tensor, index: Index, memory: Bytes, offsets: Index, bundle: Bundle) -> None:
+    def decide(self, gate: Tensor, x: Tensor, index: Index, memory: Memory, offsets: Index, bundle: Bundle) -> None:
         named, at = index.reshape(-1), offsets.reshape(-1)
         order = np.argsort(named, kind="stable")
         order = order[named[order] >= 0]
         tiles = named[order] // TILE_ROWS
         groups = np.split(order, np.flatnonzero(np.diff(tiles)) + 1) if len(order) else []
-        host = torch.from_numpy(memory)
+        there = as_tensor(memory)
 
         def tile(i: int) -> None:
-            self._decide_tile(gate, x, named[groups[i]], at[groups[i]], host, bundle)
+            self._decide_tile(gate, x, named[groups[i]], at[groups[i]], there, bundle)
 
         self._spread(len(groups), TILE_ROWS * x.numel(), tile)
 
@@ -229,9 +239,9 @@ class TorchBackend:
     def _gathered(self, memory: Tensor, at: Index, part: Part) -> Tensor:
         """One part of the bundles at those bytes: uint8 `[len(at), bytes]` in this thread's scratch."""
         size = row_bytes(part.codec, part.elements)
-        raw = self._scratch("bundles", len(at) * size, torch.uint8, host=True).view(len(at), size)
+        raw = self._scratch("bundles", len(at) * size, torch.uint8, memory.device).view(len(at), size)
         places = memory.as_strided((memory.numel() - size + 1, size), (1, 1))
-        return torch.index_select(places, 0, torch.from_numpy(at + part.offset), out=raw)
+        return torch.index_select(places, 0, torch.from_numpy(at + part.offset).to(memory.device), out=raw)
 
     def limit(self, gate: Tensor, skip: int, keep: Mask) -> None:
         drop = torch.from_numpy(~keep).to(self._device)
@@ -253,10 +263,10 @@ class TorchBackend:
         for to, at in zip(targets.tolist(), sources.tolist(), strict=True):
             memory[to : to + size] = memory[at : at + size]
 
-    def ffn(self, acc: Tensor, x: Tensor, fired: Tensor, memory: Bytes, offsets: Index, bundle: Bundle) -> None:
-        host = torch.from_numpy(memory)
-        at = torch.from_numpy(offsets)
-        bundles = host.as_strided((host.numel() - bundle.bytes + 1, bundle.bytes), (1, 1))
+    def ffn(self, acc: Tensor, x: Tensor, fired: Tensor, memory: Memory, offsets: Index, bundle: Bundle) -> None:
+        there = as_tensor(memory)
+        at = torch.from_numpy(offsets).to(there.device)
+        bundles = there.as_strided((there.numel() - bundle.bytes + 1, bundle.bytes), (1, 1))
         wave = self.threads if self._pool is not None else 1
         work = TILE_NEURONS * bundle.bytes * len(acc) * wave
         for start in range(0, len(offsets), wave):
@@ -272,7 +282,7 @@ class TorchBackend:
 
     def _ffn_tile(self, x: Tensor, fired: Tensor, bundles: Tensor, at: Tensor, bundle: Bundle) -> Tensor:
         """Output of one tile of neurons, `[tokens, hidden]`."""
-        raw = self._scratch("bundles", TILE_NEURONS * bundle.bytes, torch.uint8, host=True)
+        raw = self._scratch("bundles", TILE_NEURONS * bundle.bytes, torch.uint8, bundles.device)
         raw = raw.view(TILE_NEURONS, bundle.bytes)
         torch.index_select(bundles, 0, at, out=raw)
         sizes = [0 if p is None else TILE_NEURONS * p.elements for p in (bundle.down, bundle.up, bundle.up_bias)]

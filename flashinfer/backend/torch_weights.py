@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flashinfer.backend.base import Bytes
 from flashinfer.backend.footprint import UNPACK_PARTS
 from flashinfer.backend.torch_codes import unpack_codes
 from flashinfer.quant import Codec, Grouped, LlmInt8, codec_named
@@ -28,6 +29,11 @@ class Matrix:
     def shape(self) -> tuple[int, int]:
         """Rows and columns."""
         return self.raw.shape[0], self.cols
+
+
+def as_tensor(memory: Bytes | Tensor) -> Tensor:
+    """Bytes of the host or of the device, as a tensor over them."""
+    return memory if isinstance(memory, Tensor) else torch.from_numpy(memory)
 
 
 def row_bytes(codec: str | Codec, elements: int) -> int:

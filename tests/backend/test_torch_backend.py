@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
+import torch
 
 from flashinfer.backend import Backend, torch_backend
 from flashinfer.quant import Codec
-from tests.backend.backend_conformance import BackendConformance
+from tests.backend.backend_conformance import BackendConformance, Layer, normal, tiles_of
 from tests.backend.code_conformance import CodeConformance
 
 
@@ -18,7 +22,20 @@ class TorchMaker:
 
 
 class TestTorchBackend(TorchMaker, BackendConformance):
-    pass
+    @pytest.mark.parametrize("codec", ["f16", "int4g64"])
+    def test_bundles_in_memory_of_the_device(self, codec: str) -> None:
+        """A tensor of bytes gives the same bits as an array of the host, also as a part of a larger one."""
+        backend, layer, index = self.make(2), Layer(codec, 150, 96, gated=True, bias=True, decision=True), tiles_of(150)
+        larger = torch.cat([torch.full((6,), 0xA5, dtype=torch.uint8), torch.from_numpy(layer.memory)])
+
+        def run(memory: Any) -> Any:
+            x, gate, acc = (backend.place(normal(i, 16, n)) for i, n in enumerate((96, 150, 96)))
+            backend.decide(gate, x, index, memory, layer.offsets(index), layer.bundle)
+            backend.ffn(acc, x, backend.fire(gate, "relu", index), memory, layer.offsets(index), layer.bundle)
+            return backend.fetch(acc)
+
+        assert np.array_equal(run(larger[6:]), run(layer.memory))
+        backend.close()
 
 
 class TestCodes(TorchMaker, CodeConformance):

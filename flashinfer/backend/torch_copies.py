@@ -1,0 +1,117 @@
+"""The copy engine of a CUDA device, by torch: a stream of its own, and events between it and the arithmetic's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from flashinfer.backend.copies import Bytes, Index, runs
+from flashinfer.errors import DeviceError
+from flashinfer.units import MIB, format_size
+
+OVERHEAD = 768 * MIB
+"""The driver's context, the kernels of torch and its libraries, and what its allocator rounds up. An assumption: it
+was not measured."""
+
+
+@contextmanager
+def device_errors(device: torch.device) -> Iterator[None]:
+    """What fails for want of the device's memory is a DeviceError, which says how much of it is free."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        free, total = torch.cuda.mem_get_info(device)
+        raise DeviceError(
+            f"{device} ran out of memory, {format_size(free)} of its {format_size(total)} are free; lower --vram or "
+            "--context, or end what else uses the card"
+        ) from e
+
+
+class CudaCopies:
+    """See `backend.copies.Copies`. Arithmetic is what torch's current stream of the device does."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.overhead = OVERHEAD
+        self._device = device
+        with device_errors(device):
+            # the context is made here, if nobody has one yet
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def available(self) -> int:
+        """See `Copies.available`: what nobody has now, and the overhead, most of which is taken already."""
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return int(free) + self.overhead
+
+    def limit(self, size: int) -> None:
+        """See `Copies.limit`; the overhead is not torch's to allocate."""
+        _, total = torch.cuda.mem_get_info(self._device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, size - self.overhead) / total), self._device)
+
+    def allocate(self, size: int) -> Tensor:
+        """See `Copies.allocate`."""
+        with device_errors(self._device):
+            memory = torch.zeros(size, dtype=torch.uint8, device=self._device)
+        self.follow(self.mark())  # the zeros are written before anything is copied there
+        memory.record_stream(self._stream)
+        return memory
+
+    def pin(self, memory: Bytes) -> None:
+        """See `Copies.pin`."""
+        if not memory.nbytes:
+            return
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        if error := int(runtime.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)):
+            raise DeviceError(
+                f"{format_size(memory.nbytes)} of host memory cannot be pinned (CUDA error {error}); lower --memory"
+            )
+
+    def unpin(self, memory: Bytes) -> None:
+        """See `Copies.unpin`."""
+        self.wait()
+        if memory.nbytes:
+            torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)  # type: ignore[no-untyped-call]
+
+    def upload(self, memory: Tensor, targets: Index, source: Bytes, sources: Index, size: int) -> int:
+        """See `Copies.upload`."""
+        return self._copy(memory, targets, torch.from_numpy(source), sources, size)
+
+    def download(self, target: Bytes, targets: Index, memory: Tensor, sources: Index, size: int) -> int:
+        """See `Copies.download`."""
+        return self._copy(torch.from_numpy(target), targets, memory, sources, size)
+
+    def move(self, memory: Tensor, targets: Index, sources: Index, size: int) -> None:
+        """See `Copies.move`."""
+        self._copy(memory, targets, memory, sources, size)
+
+    def _copy(self, target: Tensor, targets: Index, source: Tensor, sources: Index, size: int) -> int:
+        count = 0
+        with torch.cuda.stream(self._stream):
+            for to, at, length in runs(targets, sources, size):
+                target[to : to + length].copy_(source[at : at + length], non_blocking=True)
+                count += 1
+        return count
+
+    def mark(self) -> torch.cuda.Event:
+        """See `Copies.mark`."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def follow(self, mark: torch.cuda.Event) -> None:
+        """See `Copies.follow`."""
+        self._stream.wait_event(mark)
+
+    def lead(self) -> None:
+        """See `Copies.lead`."""
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def wait(self) -> None:
+        """See `Copies.wait`."""
+        self._stream.synchronize()
+
+    def close(self) -> None:
+        """See `Copies.close`."""
+        self.wait()
