@@ -70,7 +70,8 @@ class Rates:
 
     dram: plain reading. linear, bundle: weights of a dense matrix and of FFN neurons, converted and multiplied with
     one token; linear_prompt, bundle_prompt: with a tile of TILE_TOKENS of them. The defaults are the native backend
-    at f16 on two Zen 4 cores that others use, too.
+    at f16 on two Zen 4 cores that others use, too. Where a device computes on memory of its own: pcie: copies to it,
+    vram: plain reading there.
     """
 
     dram: float = 25e9
@@ -78,6 +79,13 @@ class Rates:
     bundle: float = 16e9
     linear_prompt: float = 4e9
     bundle_prompt: float = 4e9
+    pcie: float = 12e9
+    vram: float = 300e9
+
+
+DEVICE_RATES = Rates(linear=150e9, bundle=80e9, linear_prompt=100e9, bundle_prompt=50e9)
+"""What is assumed of a device with memory of its own. Nobody measured it: it only says that arithmetic there is faster
+than copies to it, by which the plan chooses."""
 
 
 @dataclass(frozen=True)
@@ -148,13 +156,20 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Cap:
-    """What the user allows, in bytes; at most one of the two. Neither: what the machine can spare.
+    """What the user allows, in bytes; at most one of the first two. Neither: what the machine can spare.
 
-    `memory` bounds the whole process, `weight_memory` every DRAM byte that holds a weight in any form.
+    `memory` bounds the whole process, `weight_memory` every DRAM byte that holds a weight in any form. `vram` bounds
+    the memory of the device, where it has its own; None: what is free there.
     """
 
     memory: int | None = None
     weight_memory: int | None = None
+    vram: int | None = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether somebody bounded the host's memory."""
+        return self.memory is not None or self.weight_memory is not None
 
 
 @dataclass(frozen=True)
@@ -169,6 +184,8 @@ class SamplingConfig:
     seed: int | None = None
 
 
+LOAD_CHUNK = 128 * KIB
+"""Bytes of host memory beside the read buffers through which weights come to a device that keeps them."""
 MIN_STAGING = 64 * KIB
 """Smallest half of a read buffer the budget resolver will go down to, alignment aside."""
 DEFAULT_NEW_TOKENS = 128

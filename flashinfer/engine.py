@@ -114,7 +114,8 @@ class Model:
         `trace`, which stays the caller's. `reader_of` opens the files, where `run.io` does not say it all.
 
         Raises:
-            StoreError, StoreReadError, CapTooSmallError, DeviceError, PromptError (context beyond the model's),
+            StoreError, StoreReadError, CapTooSmallError, DeviceError (the device is not there, or has not the memory),
+            CapTooLargeError (`cap.vram` is more than is free there), PromptError (context beyond the model's),
             PredictorError (the store does not have what `run.predictor` asks for), CheckpointError (`run.adapter`).
         """
         run = run or RunConfig()
@@ -128,6 +129,8 @@ class Model:
         try:
             settled = settle(store, reader, backend, cap, context=context, run=run, mode=mode)
             manifest, choice, plan = settled.subject.manifest, settled.subject.choice, settled.plan
+            if backend.copies is not None and plan.device is not None:
+                backend.copies.limit(plan.device.cap)
             geometries = [store.geometry(i) for i in range(manifest.facts.num_layers)]
             ledger, changes = Ledger(trace=trace), settled.subject.adapter
             adapter = Adapter(backend, () if changes is None else changes.changes())

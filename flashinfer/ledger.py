@@ -22,10 +22,11 @@ class Account:
     device_bytes: what the kernel says it fetched from storage for this process meanwhile, its page-ins of program and
     libraries among it; None where it does not say.
     useful_bytes: of the bytes read, those of records somebody needed and of streamed dense matrices.
-    planning: deciding what stays in the slots and what is read; copying: records to their slots; submitting: handing
-    reads to the kernel. Together they are `management`.
+    planning: deciding what stays in the slots and what is read; copying: records to their slots, and the host's part in
+    copies to a device; submitting: handing reads to the kernel. Together they are `management`.
     hits, misses: records found in a slot, records that had to be read. guessed_bytes: of the bytes read, those read
     before anybody needed them; guessed_useful: of these, those of records that then were needed.
+    copied_bytes: weights copied to a device that has its own memory; copies: the transfers they took.
     """
 
     steps: int = 0
@@ -43,6 +44,8 @@ class Account:
     misses: int = 0
     guessed_bytes: int = 0
     guessed_useful: int = 0
+    copied_bytes: int = 0
+    copies: int = 0
 
     @property
     def management(self) -> float:
@@ -70,6 +73,11 @@ class Account:
         return self.bytes_read / max(1, self.tokens)
 
     @property
+    def copied_per_token(self) -> float:
+        """Bytes copied to a device per token."""
+        return self.copied_bytes / max(1, self.tokens)
+
+    @property
     def tokens_per_second(self) -> float:
         """Throughput of the phase; 0 before its first step."""
         return self.tokens / self.seconds if self.seconds else 0.0
@@ -83,7 +91,15 @@ class Account:
 
     def to_json(self) -> dict[str, Any]:
         """Everything above as plain values."""
-        derived = ("management", "management_share", "compute", "hit_rate", "bytes_per_token", "tokens_per_second")
+        derived = (
+            "management",
+            "management_share",
+            "compute",
+            "hit_rate",
+            "bytes_per_token",
+            "copied_per_token",
+            "tokens_per_second",
+        )
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
@@ -120,7 +136,7 @@ class Ledger:
         return self._timing("cache", "planning")
 
     def copying(self) -> AbstractContextManager[None]:
-        """Charge the time inside to copying records to their slots."""
+        """Charge the time inside to copying records to their slots, or to a device."""
         return self._timing("copy records", "copying")
 
     def submitting(self, name: str) -> AbstractContextManager[None]:
@@ -144,6 +160,11 @@ class Ledger:
         account.reads += reads
         account.useful_bytes += useful
         return 0 if self.trace is None else self.trace.reads_submitted(name, size, reads)
+
+    def copied(self, size: int, transfers: int) -> None:
+        """Charge copies to a device that are on their way."""
+        self.current.copied_bytes += size
+        self.current.copies += transfers
 
     def seen(self, name: str, batch: int) -> None:
         """The batch of that number has ended."""

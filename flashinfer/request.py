@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flashinfer import machine
 from flashinfer.adapter import StoreAdapter, read_adapter
 from flashinfer.backend import Backend
 from flashinfer.choice import Choice, choices, restricted, under_adapter
-from flashinfer.config import Cap, RunConfig
-from flashinfer.errors import CapTooSmallError, PromptError
+from flashinfer.config import DEVICE_RATES, Cap, Rates, RunConfig
+from flashinfer.errors import CapTooLargeError, CapTooSmallError, DeviceError, PromptError
 from flashinfer.firing import firing_of
 from flashinfer.io import Reader
-from flashinfer.memory import AdapterNeeds, Mode, Plan, Request, conditions_of, resolve
+from flashinfer.memory import (
+    AdapterNeeds,
+    DeviceMemory,
+    Mode,
+    Plan,
+    Request,
+    check_device_floor,
+    conditions_of,
+    resolve,
+)
 from flashinfer.speed import predict
 from flashinfer.store import Calibration, Facts, Manifest, Store
 from flashinfer.units import MIB, format_size
@@ -91,13 +100,14 @@ def settle(
     Raises:
         PredictorError: the store has none such. PromptError: a context beyond the model's.
         CheckpointError: the adapter is damaged, or for another model.
-        CapTooSmallError: the cap is below the floor of all of them.
+        CapTooSmallError: the cap, or what may be used of a device, is below the floor of all of them.
+        CapTooLargeError: `cap.vram` is more than is free on the device. DeviceError: there is none to bound.
     """
     found, error = [], None
     for subject in subjects_of(store, run, mode):
         request = request_for(subject, reader, backend, cap, context=context, run=run, mode=mode)
         try:
-            found.append(Settled(subject, request, resolve_cap(subject.manifest, request, asked=cap != UNCAPPED)))
+            found.append(Settled(subject, request, resolve_cap(subject.manifest, request, asked=cap.asked)))
         except CapTooSmallError as e:
             error = error if error is not None and error.floor < e.floor else e
     if not found:
@@ -124,13 +134,16 @@ def request_for(
     """What the resolver is asked, of this process as it is now: what it holds already counts against the cap.
 
     Raises:
-        PromptError: a context beyond the model's.
+        PromptError: a context beyond the model's. CapTooLargeError, DeviceError: as `settle`.
     """
-    if cap == UNCAPPED:
-        cap = Cap(memory=int(machine.usable_memory() * SAFE_SHARE))
+    device = device_memory(backend, cap.vram)
+    if not cap.asked:
+        cap = Cap(memory=int(machine.usable_memory() * SAFE_SHARE), vram=cap.vram)
+    if device is not None and run.rates == Rates():
+        run = replace(run, rates=DEVICE_RATES)
     return Request(
         context=_context(subject.manifest.facts, context),
-        threads=threads_for(subject.manifest, run),
+        threads=backend.threads,
         alignment=reader.alignment,
         baseline=machine.resident_bytes(),
         run=run,
@@ -140,16 +153,41 @@ def request_for(
         choice=subject.choice,
         firing=firing_of(subject.manifest, subject.choice, subject.calibration),
         adapter=AdapterNeeds() if subject.adapter is None else subject.adapter.needs,
+        device=device,
     )
+
+
+def device_memory(backend: Backend, asked: int | None) -> DeviceMemory | None:
+    """What may be used of the backend's own memory; None where it computes on the host's.
+
+    Raises:
+        CapTooLargeError: more is asked for than is free there. DeviceError: there is none, and some is asked for.
+    """
+    copies = backend.copies
+    if copies is None:
+        if asked is not None:
+            raise DeviceError(
+                "--vram bounds a device's own memory, and the CPU has none; leave it out, or add --device cuda"
+            )
+        return None
+    free = copies.available()
+    if asked is not None and asked > free:
+        raise CapTooLargeError(
+            f"a --vram cap of {format_size(asked)} cannot be kept: only {format_size(free)} of the device are free; "
+            "lower the cap, or end what else uses the card",
+            free,
+        )
+    return DeviceMemory(asked or int(free * SAFE_SHARE), copies.overhead)
 
 
 def resolve_cap(manifest: Manifest, request: Request, *, asked: bool) -> Plan:
     """As `memory.resolve`; where nobody asked for the cap, the error says where it comes from."""
+    if asked:
+        return resolve(manifest, request)
+    check_device_floor(manifest, request)
     try:
         return resolve(manifest, request)
     except CapTooSmallError as e:
-        if asked:
-            raise
         raise CapTooSmallError(
             f"this model needs at least {format_size(e.floor)} ({e.floor} bytes) and {machine.usable_reason()}, "
             f"of which {SAFE_SHARE:.0%} are taken when no cap is given; free memory, or raise the limit",

@@ -9,6 +9,8 @@ What the engine does decides the form (`model/dense.py`, `model/neurons.py`, `mo
   a batch being computed while the next is read: nothing overlaps within one batch, and of b batches the shorter of
   reading and arithmetic is hidden but for its b-th part.
 - Rows of tables that are not resident are waited for. Cache bookkeeping and small operations add constants.
+- Where a device computes on memory of its own, matrices that are not there are copied while others are computed; for
+  the neurons that a layer needs it waits (`model/uploads.py`).
 
 Bytes follow the planner (`io/plan.py`): aligned widening, holes read through, layers read from end to end where that
 takes less time, what half a read buffer takes at once. They rest on which neurons fire (`Firing`), which is assumed
@@ -45,7 +47,7 @@ DRAM_BOUND = 0.6
 TABLES = ("embed.weight", "embed.positions")
 """Matrices of which a token looks up a row."""
 
-Bound = Literal["disk", "DRAM", "arithmetic"]
+Bound = Literal["disk", "DRAM", "PCIe", "VRAM", "arithmetic"]
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,9 @@ class Conditions:
 class Cost:
     """What a part of a step takes: bytes and reads of the disk, weight bytes multiplied with, seconds.
 
-    ahead: of reads that run while something else is computed. waited: of reads the step stands still for.
-    compute: of arithmetic and bookkeeping.
+    ahead: of reads that run while something else is computed. waited: of reads the step stands still for. compute: of
+    arithmetic and bookkeeping. copied: bytes to a device; copying: of copies while something else is computed, lifting:
+    of those the step stands still for.
     """
 
     read: float = 0.0
@@ -82,26 +85,31 @@ class Cost:
     ahead: float = 0.0
     waited: float = 0.0
     compute: float = 0.0
+    copied: float = 0.0
+    copying: float = 0.0
+    lifting: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
             self.read + other.read, self.reads + other.reads, self.weights + other.weights,
             self.ahead + other.ahead, self.waited + other.waited, self.compute + other.compute,
+            self.copied + other.copied, self.copying + other.copying, self.lifting + other.lifting,
         )  # fmt: skip
 
     @property
     def seconds(self) -> float:
         """Wall time of all parts together."""
-        return max(self.ahead, self.compute) + self.waited
+        return max(self.ahead, self.compute, self.copying) + self.waited + self.lifting
 
 
 @dataclass(frozen=True)
 class Prediction:
     """One token of decoding, and the first one after a prompt of `prompt_tokens`. Bytes and seconds.
 
-    dram_bytes: weights and keys and values that arithmetic reads. disk, dram and compute seconds are those of each
-    alone; `token_seconds` is what they take together. ffn_free_seconds: were the feed-forward layers free.
-    load_seconds: filling what stays resident, before the prompt.
+    dram_bytes: weights and keys and values that arithmetic reads. Where a device reads them in its own memory, they are
+    vram_bytes; pcie_bytes are copied to it, and dram_bytes the same, read for that. disk, dram and compute seconds are
+    those of each alone; `token_seconds` is what they take together. ffn_free_seconds: were the feed-forward layers
+    free. load_seconds: filling what stays resident, before the prompt.
     """
 
     flash_bytes: float
@@ -117,6 +125,8 @@ class Prediction:
     prompt_tokens: int
     bound: Bound
     firing: Firing
+    pcie_bytes: float = 0.0
+    vram_bytes: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -135,26 +145,40 @@ def predict(c: Conditions, plan: Plan, *, prompt_tokens: int) -> Prediction:
     token = ffn + rest
     values = f.num_kv_heads * (f.head_dim + f.value_dim)
     kv = 2.0 * f.num_layers * values * plan.context  # keys and values of half the context
-    dram = (token.weights + kv) / c.rates.dram
-    compute = token.compute + kv / c.rates.dram
-    disk = token.ahead + token.waited
-    bound: Bound = "disk" if disk > compute else "DRAM" if dram > DRAM_BOUND * compute else "arithmetic"
-    filled = plan.weight_resident + plan.weight_slots
+    there = plan.device is not None
+    rate = c.rates.vram if there else c.rates.dram
+    scan = (token.weights + kv) / rate
+    dram = token.copied / c.rates.dram if there else scan
+    compute, disk = token.compute + kv / rate, token.ahead + token.waited
+    filled = plan.weight_resident + plan.weight_slots + (0 if plan.device is None else plan.device.weight_resident)
     return Prediction(
         flash_bytes=token.read,
         flash_reads=token.reads,
-        dram_bytes=token.weights + kv,
+        dram_bytes=token.copied if there else token.weights + kv,
         disk_seconds=disk,
         dram_seconds=dram,
         compute_seconds=compute,
-        token_seconds=token.seconds + kv / c.rates.dram,
-        ffn_free_seconds=rest.seconds + kv / c.rates.dram,
+        token_seconds=token.seconds + kv / rate,
+        ffn_free_seconds=rest.seconds + kv / rate,
         load_seconds=c.disk.seconds(filled / c.run.io.max_extent, filled, c.run.io.in_flight),
         first_token_seconds=_prompt_seconds(c, plan, prompt_tokens),
         prompt_tokens=prompt_tokens,
-        bound=bound,
+        bound=_bound(disk, token.copied / c.rates.pcie, compute, scan, there),
         firing=mean_firing(c.firing),
+        pcie_bytes=token.copied,
+        vram_bytes=token.weights + kv if there else 0.0,
     )
+
+
+def _bound(disk: float, copies: float, compute: float, scan: float, there: bool) -> Bound:
+    """Which of these takes longest; of arithmetic also whether plain reading of what it reads would nearly, too."""
+    if disk > max(compute, copies):
+        return "disk"
+    if copies > compute:
+        return "PCIe"
+    if scan > DRAM_BOUND * compute:
+        return "VRAM" if there else "DRAM"
+    return "arithmetic"
 
 
 def _prompt_seconds(c: Conditions, plan: Plan, tokens: int) -> float:
@@ -201,12 +225,14 @@ def _kept_cost(c: Conditions, size: int, tokens: int) -> Cost:
 
 def matrix_cost(c: Conditions, name: str, plan: Plan, tokens: int) -> Cost:
     """Multiplying with a dense matrix; streamed in pieces where it is not resident."""
-    t = c.manifest.tensors[name]
+    t, device = c.manifest.tensors[name], plan.device
     product = _kept_cost(c, t.bytes, tokens)
-    if name in plan.resident:
+    if device is not None and name not in device.resident:
+        product = product + Cost(copied=t.bytes, copying=t.bytes / c.rates.pcie)
+    if name in plan.kept:
         return product
-    width = t.bytes // t.shape[0]
-    rows = max(1, (plan.piece - 2 * c.alignment) // width // TILE_ROWS) * TILE_ROWS
+    width, piece = t.bytes // t.shape[0], plan.piece - 2 * c.alignment
+    rows = max(1, (piece if device is None else min(piece, device.half)) // width // TILE_ROWS) * TILE_ROWS
     whole, rest = divmod(t.shape[0], rows)
     extent, blocks = c.run.io.max_extent, whole + (rest > 0)
     reads = whole * math.ceil(rows * width / extent) + math.ceil(rest * width / extent)
@@ -224,7 +250,7 @@ def _depth(c: Conditions, plan: Plan) -> float:
 def lookup_cost(c: Conditions, name: str, plan: Plan, tokens: int) -> Cost:
     """Rows of a table, each read alone where it is not resident."""
     t = c.manifest.tensors.get(name)
-    if t is None or name in plan.resident:
+    if t is None or name in plan.kept:
         return Cost()
     width = t.bytes // t.shape[0]
     read = tokens * (width + _widening(width, c.alignment))
@@ -236,14 +262,21 @@ def neurons_cost(c: Conditions, layer: int, slots: int, plan: Plan, tokens: int)
     """The neurons of one layer, `slots` of whose records may stay."""
     n = c.manifest.layers[layer]
     kept = slots / n.records if c.mode == "cached" else 0.0
+    needed = c.firing[layer].needed(tokens) if c.selects else 1.0
+    up = Cost() if plan.device is None else _copy_cost(c, needed * n.neurons * n.bundle_bytes)
     if c.selects:
-        return _selected_cost(c, n, c.firing[layer], kept, plan.neuron_staging, tokens)
+        return up + _selected_cost(c, n, c.firing[layer], kept, plan.neuron_staging, tokens)
     rate = c.rates.bundle if tokens == 1 else c.rates.bundle_prompt / math.ceil(tokens / TILE_TOKENS)
     size = n.neurons * n.bundle_bytes
     read, reads = _run_at_the_end(c, n, 1.0 - kept, plan.piece)
     ahead = c.disk.seconds(reads, read, _depth(c, plan))
     pieces = read / (plan.piece or n.bytes)
-    return Cost(read, reads, size, ahead, 0.0, size / rate + pieces * BLOCK_SECONDS)
+    return up + Cost(read, reads, size, ahead, 0.0, size / rate + pieces * BLOCK_SECONDS)
+
+
+def _copy_cost(c: Conditions, size: float) -> Cost:
+    """Copying so many bytes to a device, before they are computed with."""
+    return Cost(copied=size, lifting=size / c.rates.pcie)
 
 
 def _selected_cost(c: Conditions, n: NeuronLayer, firing: Firing, kept: float, half: int, tokens: int) -> Cost:

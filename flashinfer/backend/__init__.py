@@ -27,7 +27,7 @@ def has_native() -> bool:
 def open_backend(device: str, threads: int, choice: BackendName = "auto") -> Backend:
     """The backend for `cpu`, `cuda`, `cuda:N` or `APART`.
 
-    On the CPU `auto` is the native one where it was built, else torch. Other devices are torch's.
+    On the CPU `auto` is the native one where it was built, else torch. Other devices are torch's, and need one thread.
 
     Raises:
         DeviceError: it is not there.
@@ -46,4 +46,4 @@ def open_backend(device: str, threads: int, choice: BackendName = "auto") -> Bac
         return NativeBackend(threads)
     from flashinfer.backend.torch_backend import TorchBackend
 
-    return TorchBackend(device, threads)
+    return TorchBackend(device, threads if device == "cpu" else 1)

@@ -52,15 +52,11 @@ class Copies(Protocol):
         ...
 
     def pin(self, memory: Bytes) -> None:
-        """Hold this host memory in place until `unpin`, so that it can be copied from and to while the host goes on.
+        """Hold this host memory in place until `close`, so that it can be copied from and to while the host goes on.
 
         Raises:
             DeviceError: the system does not let this process have so much memory in place.
         """
-        ...
-
-    def unpin(self, memory: Bytes) -> None:
-        """What was pinned is not copied from or to any more."""
         ...
 
     def upload(self, memory: Memory, targets: Index, source: Bytes, sources: Index, size: int) -> int:
@@ -92,7 +88,7 @@ class Copies(Protocol):
         ...
 
     def close(self) -> None:
-        """Let everything end. Idempotent."""
+        """Let everything end, and go what is pinned. Idempotent."""
         ...
 
 
@@ -135,9 +131,6 @@ class HostCopies:
 
     def pin(self, memory: Bytes) -> None:
         """Host memory stays where it is."""
-
-    def unpin(self, memory: Bytes) -> None:
-        """As `pin`."""
 
     def upload(self, memory: Bytes, targets: Index, source: Bytes, sources: Index, size: int) -> int:
         """See `Copies.upload`."""

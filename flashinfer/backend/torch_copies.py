@@ -36,6 +36,7 @@ class CudaCopies:
     def __init__(self, device: torch.device) -> None:
         self.overhead = OVERHEAD
         self._device = device
+        self._pinned: list[Bytes] = []
         with device_errors(device):
             # the context is made here, if nobody has one yet
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -67,12 +68,7 @@ class CudaCopies:
             raise DeviceError(
                 f"{format_size(memory.nbytes)} of host memory cannot be pinned (CUDA error {error}); lower --memory"
             )
-
-    def unpin(self, memory: Bytes) -> None:
-        """See `Copies.unpin`."""
-        self.wait()
-        if memory.nbytes:
-            torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)  # type: ignore[no-untyped-call]
+        self._pinned.append(memory)
 
     def upload(self, memory: Tensor, targets: Index, source: Bytes, sources: Index, size: int) -> int:
         """See `Copies.upload`."""
@@ -115,3 +111,5 @@ class CudaCopies:
     def close(self) -> None:
         """See `Copies.close`."""
         self.wait()
+        while self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._pinned.pop().ctypes.data)  # type: ignore[no-untyped-call]

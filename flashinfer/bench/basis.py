@@ -13,7 +13,7 @@ from flashinfer.bench.curve import SECONDS, measure_curve
 from flashinfer.bench.known import KnownDisk, load_known, remember
 from flashinfer.bench.place import place_of
 from flashinfer.bench.rates import BUFFER, ENOUGH, main_codec, measure_rates, rates_key
-from flashinfer.config import Cap, DiskCurve, Rates, RunConfig
+from flashinfer.config import DEVICE_RATES, Cap, DiskCurve, Rates, RunConfig
 from flashinfer.request import threads_for
 from flashinfer.store import Manifest, Store
 
@@ -33,18 +33,18 @@ class Basis:
         return asdict(self)
 
 
-def known_basis(store: Store, run: RunConfig) -> Basis:
+def known_basis(store: Store, run: RunConfig, device: str = "cpu") -> Basis:
     """What was measured before, else the defaults, and labelled so. Measures nothing."""
     neurons = store.path_of(store.manifest.neurons)
     known = load_known()
-    rates = known.rates.get(_rates_key(store.manifest, run))
-    return _basis(known.disk(place_of(neurons), store.manifest.neurons.bytes), rates)
+    rates = known.rates.get(_rates_key(store.manifest, run, device))
+    return _basis(known.disk(place_of(neurons), store.manifest.neurons.bytes), rates, device)
 
 
-def _basis(disk: KnownDisk | None, rates: Rates | None) -> Basis:
+def _basis(disk: KnownDisk | None, rates: Rates | None, device: str = "cpu") -> Basis:
     return Basis(
         disk=disk.curve if disk else DiskCurve(),
-        rates=rates or Rates(),
+        rates=rates or (Rates() if device == "cpu" else DEVICE_RATES),
         disk_source=f"measured {disk.when}" if disk else "default: not measured here",
         rates_source="measured" if rates else "default: not measured here",
         disk_measured=disk is not None,
@@ -55,7 +55,9 @@ DEFAULT_BASIS = _basis(None, None)
 """What is assumed where nothing was measured."""
 
 
-def _rates_key(m: Manifest, run: RunConfig) -> str:
+def _rates_key(m: Manifest, run: RunConfig, device: str) -> str:
+    if device != "cpu":
+        return rates_key(f"torch-{device}", _codec(m), 1)
     native = run.backend == "native" or (run.backend == "auto" and has_native())
     return rates_key("native" if native else "torch", _codec(m), threads_for(m, run))
 
@@ -82,26 +84,28 @@ def measured_basis(
     run: RunConfig,
     *,
     room: int,
+    device: str = "cpu",
     remeasure: bool = False,
     seconds: float = SECONDS,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Basis:
     """What is not known yet is measured, in about `seconds` for each chunk and depth of the disk and a second for the
-    machine, within `room` bytes of memory, and remembered.
+    machine, within `room` bytes of memory, and remembered. `backend` is that of `device`.
 
     Raises:
         StoreError, StoreReadError: the neuron file cannot be read.
     """
     m = store.manifest
     disk = _measured_disk(store.path_of(m.neurons), remeasure, seconds, room, progress)
-    rates = None if remeasure else load_known().rates.get(_rates_key(m, run))
+    key = _rates_key(m, run, device)
+    rates = None if remeasure else load_known().rates.get(key)
     if rates is None:
         progress("measuring memory and arithmetic")
         buffer = max(1, min(BUFFER, room))
         rates = measure_rates(backend, _codec(m), hidden=m.facts.hidden_size, gated=m.facts.gated, buffer=buffer)
         if buffer >= ENOUGH:
-            remember(rates=(_rates_key(m, run), rates))
-    return _basis(disk, rates)
+            remember(rates=(key, rates))
+    return _basis(disk, rates, device)
 
 
 def _measured_disk(

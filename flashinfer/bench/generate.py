@@ -142,17 +142,18 @@ def compare(
     run: RunConfig,
     cap: Cap,
     settings: Sequence[Setting] = COMPARISON,
+    device: str = "cpu",
     basis: Basis | None = None,
     on_sample: Callable[[Sample], None] = lambda _: None,
 ) -> list[list[Sample]]:
     """`rounds` samples of every setting, interleaved (all settings in each round). One list per setting."""
     context = len(prompt) + tokens
-    with Model.open(store, cap, run=run, context=context) as model:
+    with Model.open(store, cap, run=run, context=context, device=device) as model:
         script = continue_greedily(model, prompt, tokens)
     samples: list[list[Sample]] = [[] for _ in settings]
     for _ in range(rounds):
         for kept, setting in zip(samples, settings, strict=True):
-            kept.append(run_setting(store, setting, prompt, script, run, cap, basis=basis))
+            kept.append(run_setting(store, setting, prompt, script, run, cap, device, basis))
             on_sample(kept[-1])
     return samples
 

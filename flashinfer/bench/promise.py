@@ -53,6 +53,7 @@ def promise(
     *,
     context: int | None,
     run: RunConfig,
+    device: str = "cpu",
     remeasure: bool,
     seconds: float,
     progress: Callable[[str], None] = lambda _: None,
@@ -61,7 +62,8 @@ def promise(
 
     Raises:
         StoreError, StoreReadError: the store cannot be used.
-        CapTooSmallError: the asked cap lies below the floor.
+        CapTooSmallError: the asked cap, or that on a device, lies below the floor.
+        CapTooLargeError, DeviceError: as `engine.Model.open`.
         PromptError: the context is beyond the model's.
     """
     from flashinfer.text import load_tokenizer
@@ -72,15 +74,16 @@ def promise(
     tokenizer = None
     with contextlib.suppress(StoreError):  # a store without a tokenizer has a plan, too
         tokenizer = load_tokenizer({name: store.path_of(entry) for name, entry in m.text.items()})
-    backend = open_backend("cpu", threads_for(m, run), run.backend)
+    backend = open_backend(device, threads_for(m, run), run.backend)
     reader = open_reader(files_of(store), run.io)
     try:
         settled = settle(store, reader, backend, cap, context=context, run=run)
         plan, request = settled.plan, settled.request
         direct = reader.note
         basis = measured_basis(
-            store, backend, run, room=room_under(cap), remeasure=remeasure, seconds=seconds, progress=progress
-        )
+            store, backend, run, room=room_under(cap), device=device, remeasure=remeasure, seconds=seconds,
+            progress=progress,
+        )  # fmt: skip
     finally:
         reader.close()
         backend.close()
@@ -105,7 +108,10 @@ def _row(m: Manifest, request: Request, cap: int, basis: Basis) -> Row:
 
 
 def _with_cap(request: Request, size: int) -> Request:
-    return replace(request, cap=Cap(memory=size) if request.cap.memory is not None else Cap(weight_memory=size))
+    return replace(
+        request,
+        cap=replace(request.cap, **({"memory": size} if request.cap.memory is not None else {"weight_memory": size})),
+    )
 
 
 def _other_caps(m: Manifest, request: Request, plan: Plan) -> list[int]:

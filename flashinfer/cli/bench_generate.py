@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashinfer.cli.options import AdapterOption, MemoryOption, WeightMemoryOption, parse_cap, usage_errors
+from flashinfer.cli.options import AdapterOption, MemoryOption, VramOption, WeightMemoryOption, parse_cap, usage_errors
+from flashinfer.cli.run_options import Device, DeviceOption
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +25,7 @@ def command(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="Weight store, as written by `flashinfer pack`.")],
     memory: MemoryOption = None,
     weight_memory: WeightMemoryOption = None,
+    vram: VramOption = None,
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="The text to continue.")] = PROMPT,
     tokens: Annotated[int, typer.Option("-n", min=1, help="Tokens to decode in each run.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 3,
@@ -32,6 +34,7 @@ def command(
         typer.Option(metavar="NAME[:TARGET]", help="Compare these predictors instead of modes; give it several times."),
     ] = None,
     adapter: AdapterOption = None,
+    device: DeviceOption = Device.CPU,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Decode the same tokens in every mode (or with every predictor), in turn, and print medians.
@@ -45,11 +48,11 @@ def command(
     from flashinfer.bench.generate import COMPARISON, Setting, compare, summary
     from flashinfer.choice import parse_predictor
     from flashinfer.config import RunConfig
-    from flashinfer.request import threads_for
+    from flashinfer.request import device_memory, threads_for
     from flashinfer.store import open_store
     from flashinfer.text import load_tokenizer
 
-    cap = parse_cap(memory, weight_memory)
+    cap = parse_cap(memory, weight_memory, vram)
     for name in predictor or ():
         with usage_errors("--predictor"):
             parse_predictor(name)
@@ -58,12 +61,15 @@ def command(
     settings = [Setting("cached", "time", name) for name in predictor or ()] or COMPARISON
     run = RunConfig(adapter=adapter)
     with Console(stderr=True, highlight=False).status("") as status:
-        with closing(open_backend("cpu", threads_for(opened.manifest, run), run.backend)) as backend:
-            basis = measured_basis(opened, backend, run, room=room_under(cap), progress=status.update)
+        with closing(open_backend(device.value, threads_for(opened.manifest, run), run.backend)) as backend:
+            device_memory(backend, cap.vram)  # before anything is measured
+            basis = measured_basis(
+                opened, backend, run, room=room_under(cap), device=device.value, progress=status.update
+            )
         status.update("writing the tokens every mode replays")
         samples = compare(
             store, tokenizer.encode(prompt), tokens=tokens, rounds=rounds, run=run, cap=cap, settings=settings,
-            basis=basis,
+            basis=basis, device=device.value,
             on_sample=lambda s: status.update(
                 f"{s.mode}, {s.predictor}, {s.objective}: {s.tokens_per_second:.2f} tokens/s"
             ),

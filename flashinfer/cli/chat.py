@@ -20,6 +20,7 @@ from flashinfer.cli.options import (
     MaxPplOption,
     MemoryOption,
     PredictorOption,
+    VramOption,
     WeightMemoryOption,
     parse_cap,
     parse_predictor_options,
@@ -60,6 +61,7 @@ def command(
     ] = None,
     memory: MemoryOption = None,
     weight_memory: WeightMemoryOption = None,
+    vram: VramOption = None,
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens of the conversation. (default: up to 4096, as the model takes)")
     ] = None,
@@ -97,7 +99,7 @@ def command(
         "repetition_penalty": repetition_penalty, "seed": seed,
     }  # fmt: skip
     check_text_options(sampling, stop or [])
-    cap = parse_cap(memory, weight_memory)
+    cap = parse_cap(memory, weight_memory, vram)
     predictor, worse = parse_predictor_options(predictor, max_ppl_increase, experts_per_token)
     from flashinfer.cli.chat_loop import Talk, converse
     from flashinfer.generate import Chat, chat_template_of, load
@@ -105,7 +107,7 @@ def command(
 
     template = chat_template_of(store, chat_template)
     with load(
-        store, memory=cap.memory, weight_memory=cap.weight_memory, context=context, window=window,
+        store, memory=cap.memory, weight_memory=cap.weight_memory, vram=cap.vram, context=context, window=window,
         io_objective=io_objective.value, threads=threads, device=device.value, backend=backend.value,
         predictor=predictor, max_ppl_increase=worse, adapter=adapter, kv_type=kv_type.value,
     ) as model:  # fmt: skip

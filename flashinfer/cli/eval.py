@@ -22,6 +22,7 @@ from flashinfer.cli.options import (
     LogLevelOption,
     MaxPplOption,
     MemoryOption,
+    VramOption,
     WeightMemoryOption,
     parse_cap,
     parse_predictor_options,
@@ -82,6 +83,7 @@ def command(
     ] = 32,
     memory: MemoryOption = None,
     weight_memory: WeightMemoryOption = None,
+    vram: VramOption = None,
     window: Annotated[
         int, typer.Option(min=0, help="Tokens whose neurons the cache tries to keep.")
     ] = CacheConfig.window,
@@ -105,7 +107,7 @@ def command(
     puts one before a text; each token is scored once.
     """
     set_log_level(log_level)
-    cap = parse_cap(memory, weight_memory)
+    cap = parse_cap(memory, weight_memory, vram)
     worse = parse_predictor_options(RunConfig.predictor, max_ppl_increase)[1]
     other = _other_store(against)
     for name in (*(predictor or ()), *([against] if against and other is None else ())):

@@ -25,6 +25,7 @@ from flashinfer.cli.options import (
     MaxPplOption,
     MemoryOption,
     PredictorOption,
+    VramOption,
     WeightMemoryOption,
     parse_cap,
     parse_predictor_options,
@@ -71,6 +72,7 @@ def command(
     ] = DEFAULT_NEW_TOKENS,
     memory: MemoryOption = None,
     weight_memory: WeightMemoryOption = None,
+    vram: VramOption = None,
     context: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens of prompt and continuation together. (default: what the prompt and -n need)"),
@@ -134,7 +136,7 @@ def command(
     files = [path for path in (trace, session, record) if path is not None]
     if len(set(files)) < len(files):
         raise typer.BadParameter("--trace, --session and --record-activations each need a file of their own")
-    cap = parse_cap(memory, weight_memory)
+    cap = parse_cap(memory, weight_memory, vram)
     predictor, worse = parse_predictor_options(predictor, max_ppl_increase, experts_per_token)
     resumed = session is not None and session.exists()
     text = read_prompt(prompt, file, optional=resumed)
@@ -156,8 +158,8 @@ def command(
         return len(past) + len(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt) + max_new_tokens
 
     with Trace(trace) if trace else nullcontext() as timeline, load(
-        store, memory=cap.memory, weight_memory=cap.weight_memory, context=context or room, window=window,
-        io_objective=io_objective.value, threads=threads, device=device.value, backend=backend.value,
+        store, memory=cap.memory, weight_memory=cap.weight_memory, vram=cap.vram, context=context or room,
+        window=window, io_objective=io_objective.value, threads=threads, device=device.value, backend=backend.value,
         predictor=predictor, max_ppl_increase=worse, adapter=adapter, kv_type=kv_type.value, trace=timeline,
     ) as model, _recording(record, store, model):  # fmt: skip
         start, end = asked(model.tokenizer)
@@ -166,7 +168,7 @@ def command(
             context_shift=context_shift, **sampling,
         )  # fmt: skip
         result = _drain(stream) if as_json else _print_pieces(stream)
-        basis = basis_of(store, RunConfig(backend=backend.value, threads=threads))
+        basis = basis_of(store, RunConfig(backend=backend.value, threads=threads), device.value)
         predicted = model.predict(basis.disk, basis.rates, prompt_tokens=len(result.prompt_tokens))
         if as_json:
             print(json.dumps(report(model, result, predicted, basis), ensure_ascii=False))

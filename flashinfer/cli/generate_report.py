@@ -33,6 +33,7 @@ def summary(model: TextModel, result: Generation, predicted: Prediction, basis: 
         f"first after {t.first_token:.2f} s (predicted {predicted.first_token_seconds:.2f})",
         f"then {t.decode_tokens_per_second:.3g} tokens/s (predicted {predicted.tokens_per_second:.3g})",
         f"{format_size(decode.bytes_per_token)} read per token (predicted {format_size(predicted.flash_bytes)})",
+        *([] if model.plan.device is None else [_copied(decode.copied_per_token, predicted)]),
         f"hit rate {decode.hit_rate:.1%}",
         *([model.choice.note] if model.choice.note else []),
         *([ADAPTED] if model.plan.weight_adapter else []),
@@ -43,6 +44,10 @@ def summary(model: TextModel, result: Generation, predicted: Prediction, basis: 
     return f"{', '.join(parts)}; {_foundation(predicted, basis)}{slower}"
 
 
+def _copied(size: float, predicted: Prediction) -> str:
+    return f"{format_size(size)} copied to the device (predicted {format_size(predicted.pcie_bytes)})"
+
+
 def _foundation(predicted: Prediction, basis: Basis) -> str:
     """What a prediction rests on."""
     disk = "measured" if basis.disk_measured else "default (`flashinfer plan` measures it)"
@@ -50,13 +55,13 @@ def _foundation(predicted: Prediction, basis: Basis) -> str:
     return f"predicted with the disk curve {disk}{neurons}"
 
 
-def basis_of(store: Path, run: RunConfig) -> Basis:
+def basis_of(store: Path, run: RunConfig, device: str) -> Basis:
     """What predictions rest on here: figures measured before, or the defaults. Nothing is measured now."""
     from flashinfer.bench.basis import DEFAULT_BASIS, known_basis
     from flashinfer.store import open_store
 
     try:
-        return known_basis(open_store(store), run)
+        return known_basis(open_store(store), run, device)
     except (FlashInferError, OSError):  # it was there a moment ago: no reason to lose what was generated
         return DEFAULT_BASIS
 

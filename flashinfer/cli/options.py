@@ -24,6 +24,12 @@ WeightMemoryOption = Annotated[
     str | None,
     typer.Option("--weight-memory", metavar="SIZE", help="Instead: cap on memory that holds weights."),
 ]
+VramOption = Annotated[
+    str | None,
+    typer.Option(
+        "--vram", metavar="SIZE", help="Cap on the device's own memory, e.g. 6GiB. (default: what is free there)"
+    ),
+]
 AdapterOption = Annotated[
     Path | None,
     typer.Option("--adapter", metavar="DIR", help="Apply a LoRA adapter as peft saved it; the store stays as it is."),
@@ -125,8 +131,8 @@ def parse_predictor_options(
         return predictor, parse_share(max_ppl_increase)
 
 
-def parse_cap(memory: str | None, weight_memory: str | None) -> Cap:
-    """The cap from `--memory` (a size, or a share of the usable memory: `50%`) and `--weight-memory` (a size).
+def parse_cap(memory: str | None, weight_memory: str | None, vram: str | None = None) -> Cap:
+    """The cap from `--memory` (a size, or a share of the usable memory: `50%`), `--weight-memory` and `--vram` (sizes).
 
     Raises:
         typer.BadParameter: both, or no size.
@@ -139,4 +145,6 @@ def parse_cap(memory: str | None, weight_memory: str | None) -> Cap:
     with usage_errors("--memory"):
         whole = None if memory is None else memory_cap(memory)
     with usage_errors("--weight-memory"):
-        return Cap(whole, None if weight_memory is None else parse_cap_size(weight_memory))
+        weights = None if weight_memory is None else parse_cap_size(weight_memory)
+    with usage_errors("--vram"):
+        return Cap(whole, weights, None if vram is None else parse_cap_size(vram))

@@ -21,17 +21,18 @@ from flashinfer.cli.options import (
     MaxPplOption,
     MemoryOption,
     PredictorOption,
+    VramOption,
     WeightMemoryOption,
     parse_cap,
     parse_predictor_options,
     set_log_level,
 )
-from flashinfer.cli.run_options import ADAPTED
-from flashinfer.config import RunConfig
+from flashinfer.cli.run_options import ADAPTED, Device, DeviceOption
+from flashinfer.config import Rates, RunConfig
 
 if TYPE_CHECKING:
     from flashinfer.bench.promise import Promise, Row
-    from flashinfer.memory import Plan
+    from flashinfer.memory import DevicePlan, Plan
     from flashinfer.speed import Prediction
 
 SCHEMA_VERSION = 1
@@ -43,9 +44,11 @@ def command(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="Weight store, as written by `flashinfer pack`.")],
     memory: MemoryOption = None,
     weight_memory: WeightMemoryOption = None,
+    vram: VramOption = None,
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens of prompt and continuation together. (default: up to 4096)")
     ] = None,
+    device: DeviceOption = Device.CPU,
     backend: BackendOption = DEFAULT_BACKEND,
     predictor: PredictorOption = RunConfig.predictor,
     max_ppl_increase: MaxPplOption = DEFAULT_PPL,
@@ -65,7 +68,7 @@ def command(
     The disk and the machine are measured once and remembered in the user's cache directory.
     """
     set_log_level(log_level)
-    cap = parse_cap(memory, weight_memory)
+    cap = parse_cap(memory, weight_memory, vram)
     predictor, worse = parse_predictor_options(predictor, max_ppl_increase, experts_per_token)
     run = RunConfig(
         backend=backend.value, kv_type=kv_type.value, threads=threads, predictor=predictor, max_ppl_increase=worse,
@@ -77,7 +80,7 @@ def command(
 
     with Console(stderr=True, highlight=False).status("") as status:
         found = promise(
-            store, cap, context=context, run=run, remeasure=remeasure, seconds=seconds,
+            store, cap, context=context, run=run, device=device.value, remeasure=remeasure, seconds=seconds,
             progress=status.update,
         )  # fmt: skip
     if as_json:
@@ -119,9 +122,33 @@ def plan_lines(found: Promise) -> list[str]:
     block = "█" if (sys.stdout.encoding or "").lower().startswith("utf") else "#"
     lines = [f"{plan.cap_kind} cap {format_size(plan.cap)}, context {plan.context}"]
     for name, size in _parts(plan):
-        bar = block * round(BAR * size / plan.cap)
-        lines.append(f"  {name:<34} {format_size(size):>9}  {size / plan.cap:6.1%}  {bar}".rstrip())
+        lines.append(_part_line(name, size, plan.cap, block))
+    if plan.device is not None:
+        lines.append(f"device memory {format_size(plan.device.cap)}")
+        lines += [
+            _part_line(name, size, plan.device.cap, block) for name, size in _device_parts(plan.device, plan.kv_type)
+        ]
     return lines
+
+
+def _part_line(name: str, size: int, cap: int, block: str) -> str:
+    from flashinfer.units import format_size
+
+    return f"  {name:<34} {format_size(size):>9}  {size / cap:6.1%}  {block * round(BAR * size / cap)}".rstrip()
+
+
+def _device_parts(device: DevicePlan, kv_type: str) -> list[tuple[str, int]]:
+    parts = [
+        (f"resident matrices ({len(device.resident)})", device.weight_resident),
+        ("norms and biases", device.weight_vectors),
+        *([("adapter", device.weight_adapter)] if device.weight_adapter else []),
+        ("weights on their way", device.weight_staging),
+        ("tiles being computed", device.weight_scratch),
+        (f"keys and values ({kv_type})", device.kv_cache),
+        ("activations", device.activations),
+        ("driver and libraries (assumed)", device.overhead),
+    ]
+    return [*parts, ("free", device.cap - device.total)]
 
 
 def _parts(plan: Plan) -> list[tuple[str, int]]:
@@ -156,6 +183,7 @@ def speed_lines(found: Promise) -> list[str]:
         f"  {'from flash':<34} {format_size(p.flash_bytes):>9} in {p.flash_reads:.0f} reads, "
         f"{_time(p.disk_seconds)} alone",
         f"  {'from DRAM':<34} {format_size(p.dram_bytes):>9}, {_time(p.dram_seconds)} alone",
+        *_device_lines(p, rates),
         f"  {'arithmetic and bookkeeping':<34} {_time(p.compute_seconds):>9} alone",
         f"  predicted: {_time(p.token_seconds)}, {_rate(p)}, bounded by {p.bound}",
         f"  predicted: first token of a prompt of {p.prompt_tokens} after {_time(p.first_token_seconds)}, "
@@ -166,9 +194,26 @@ def speed_lines(found: Promise) -> list[str]:
         f"{1e6 * disk.latency_s:.0f} us ({basis.disk_source}; {found.place.device}, {found.place.filesystem})",
         f"  machine: DRAM {rates.dram / 1e9:.1f} GB/s, matrices {rates.linear / 1e9:.1f} GB/s, neurons "
         f"{rates.bundle / 1e9:.1f} GB/s ({basis.rates_source})",
+        *(
+            [f"  device: copies to it {rates.pcie / 1e9:.1f} GB/s, its memory {rates.vram / 1e9:.1f} GB/s"]
+            if p.vram_bytes
+            else []
+        ),
         f"  neurons: {_firing(p)}",
         *([f"  {found.choice.note}"] if found.choice.note else []),
         *([f"  {ADAPTED}"] if found.asked.plan is not None and found.asked.plan.weight_adapter else []),
+    ]
+
+
+def _device_lines(p: Prediction, rates: Rates) -> list[str]:
+    """What goes to a device, and what it reads of its own memory; nothing without one."""
+    from flashinfer.units import format_size
+
+    if not p.vram_bytes:
+        return []
+    return [
+        f"  {'copied to the device':<34} {format_size(p.pcie_bytes):>9}, {_time(p.pcie_bytes / rates.pcie)} alone",
+        f"  {'from its memory':<34} {format_size(p.vram_bytes):>9}, {_time(p.vram_bytes / rates.vram)} alone",
     ]
 
 

@@ -28,6 +28,7 @@ def load(
     *,
     memory: int | str | None = None,
     weight_memory: int | str | None = None,
+    vram: int | str | None = None,
     context: int | Callable[[Tokenizer], int] | None = None,
     window: int = CacheConfig.window,
     io_objective: IoObjective = IoConfig.objective,
@@ -47,6 +48,8 @@ def load(
         memory: cap on the whole process, in bytes or as text (`"4GiB"`, or `"50%"` of what this process may
             use); with neither cap, what the machine can spare.
         weight_memory: instead, a cap on every DRAM byte that holds a weight.
+        vram: cap on the memory of a device that has its own (`device="cuda"`), in bytes or as text; None is what is
+            free there.
         context: tokens of prompt and continuation together; None is up to 4096, if the model takes them. A
             function is asked for what it wants room for once the tokenizer is there, up to the model's limit.
         window: tokens whose neurons the cache tries to keep.
@@ -66,9 +69,9 @@ def load(
     Raises:
         ValueError: an argument is out of its range.
         StoreError: the store, or the tokenizer in it, is missing or damaged.
-        CapTooSmallError: the cap is below the model's floor.
-        CapTooLargeError: `memory` is more than this process may use.
-        DeviceError: the device is not there.
+        CapTooSmallError: the cap, or `vram`, is below the model's floor.
+        CapTooLargeError: `memory` is more than this process may use, or `vram` more than is free on the device.
+        DeviceError: the device is not there, or `vram` is given and it has no memory of its own.
         PredictorError: the store was not calibrated for that predictor, or not with the adapter.
         CheckpointError: the adapter is missing, damaged, for another model, or asks for more than a run can do.
     """
@@ -85,6 +88,7 @@ def load(
     cap = Cap(
         None if memory is None else machine.memory_cap(memory),
         None if weight_memory is None else parse_cap_size(weight_memory),
+        None if vram is None else parse_cap_size(vram),
     )
     opened = open_store(store)
     files = _text_files(opened)

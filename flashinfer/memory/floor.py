@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from flashinfer.choice import Choice
 from flashinfer.config import (
     EXPERT_WORK,
     FILE_ALIGNMENT,
     KV_CODECS,
+    LOAD_CHUNK,
     MIN_STAGING,
     TILE_NEURONS,
     TILE_ROWS,
     TILE_TOKENS,
 )
 from flashinfer.io.plan import worst_case_bytes
-from flashinfer.memory.plan import Mode, Plan, Request
+from flashinfer.memory.plan import DevicePlan, Mode, Plan, Request
 from flashinfer.quant import codec_named
 from flashinfer.speed import multiplied
 from flashinfer.store import Facts, Manifest
 from flashinfer.store.geometry import round_up, tile_records
 
+HALF_SHARE = 64
+"""One part in so many of what is free of a device above its floor is for each half that weights come through."""
 EXPERT_INDEX = 80
 """Bytes a neuron of a step's experts takes while it is looked for: its number, tile, record and place, some twice."""
 
@@ -35,18 +40,15 @@ def needs_all(m: Manifest, choice: Choice, mode: Mode) -> bool:
 
 def least_plan(m: Manifest, r: Request, *, streams: bool) -> Plan:
     """The plan that keeps nothing it could stream, with the smallest buffers; its total is the floor. Where it
-    may not stream what is known beforehand, it has no buffers for that."""
-    f = m.facts
-    vectors = sum(t.bytes for t in m.tensors.values() if len(t.shape) == 1)
-    widest = max(m.tensors[name].shape[1] for name in all_matrices(m))
+    may not stream what is known beforehand, it has no buffers for that. What arithmetic needs lies
+    on the device, if there is one."""
+    f, device = m.facts, least_device_plan(m, r)
+    vectors, scratch, kv_cache = (_vectors(m), _scratch(m, r), _kv_cache(f, r)) if device is None else (0, 0, 0)
     tile = max(_worst_tile_bytes(m, r.alignment), MIN_STAGING)
-    block = max(min(TILE_ROWS, t.shape[0]) * t.bytes // t.shape[0] for t in m.tensors.values() if len(t.shape) == 2)
-    block = max(round_up(block, FILE_ALIGNMENT) + 2 * r.alignment, MIN_STAGING)
+    block = max(round_up(_largest_block(m), FILE_ALIGNMENT) + 2 * r.alignment, MIN_STAGING)
     neuron_staging = 0 if needs_all(m, r.choice, r.mode) else tile
     piece = 0 if not streams else max(block, tile) if needs_all(m, r.choice, r.mode) else block
     bundle = max(layer.bundle_bytes for layer in m.layers)
-    values = max(sum(p.elements for p in layer.parts) for layer in m.layers)
-    per_thread = r.footprint.weights(max(widest, r.adapter.rank), max(values, r.adapter.rank), bundle)
     lookup = TILE_TOKENS * (12 * max(f.embed_size, f.hidden_size) + 2 * r.alignment)
     return Plan(
         cap=r.cap.memory if r.cap.memory is not None else r.cap.weight_memory or 0,
@@ -55,10 +57,10 @@ def least_plan(m: Manifest, r: Request, *, streams: bool) -> Plan:
         weight_vectors=vectors,
         weight_resident=0,
         weight_slots=0,
-        weight_staging=2 * (neuron_staging + piece),
-        weight_scratch=r.threads * per_thread + lookup + round_up(bundle, FILE_ALIGNMENT),
+        weight_staging=2 * (neuron_staging + piece) + (0 if device is None else LOAD_CHUNK),
+        weight_scratch=scratch + lookup + round_up(bundle, FILE_ALIGNMENT),
         baseline=r.baseline + r.footprint.growth,
-        kv_cache=_kv_cache(f, r),
+        kv_cache=kv_cache,
         activations=_activations(m, r),
         bookkeeping=_bookkeeping(m, r),
         neuron_staging=neuron_staging,
@@ -68,7 +70,49 @@ def least_plan(m: Manifest, r: Request, *, streams: bool) -> Plan:
         slots=(0,) * len(m.layers),
         kv_type=r.run.kv_type,
         weight_adapter=r.adapter.bytes,
+        device=device,
     )
+
+
+def least_device_plan(m: Manifest, r: Request) -> DevicePlan | None:
+    """What a device takes before it keeps any matrix: where arithmetic has its memory, and two halves through which
+    weights come. None without a device."""
+    if r.device is None:
+        return None
+    bundle = max(layer.bundle_bytes for layer in m.layers)
+    half = round_up(max(_largest_block(m), TILE_NEURONS * bundle, MIN_STAGING), FILE_ALIGNMENT)
+    padding = round_up(bundle, FILE_ALIGNMENT)
+    least = DevicePlan(
+        cap=r.device.cap,
+        overhead=r.device.overhead,
+        kv_cache=_kv_cache(m.facts, r),
+        activations=_activations(m, r),
+        weight_vectors=_vectors(m),
+        weight_adapter=r.adapter.bytes,
+        weight_scratch=_scratch(m, r),
+        weight_staging=2 * half + padding,
+        half=half,
+    )
+    wanted = max(half, min(r.run.staging, half + max(0, least.cap - least.total) // HALF_SHARE))
+    half = wanted // FILE_ALIGNMENT * FILE_ALIGNMENT
+    return replace(least, weight_staging=2 * half + padding, half=half)
+
+
+def _vectors(m: Manifest) -> int:
+    return sum(t.bytes for t in m.tensors.values() if len(t.shape) == 1)
+
+
+def _largest_block(m: Manifest) -> int:
+    """Bytes of the widest matrix's rows that are computed together."""
+    return max(min(TILE_ROWS, t.shape[0]) * t.bytes // t.shape[0] for t in m.tensors.values() if len(t.shape) == 2)
+
+
+def _scratch(m: Manifest, r: Request) -> int:
+    """Bytes of weights in another form, all threads together."""
+    widest = max(m.tensors[name].shape[1] for name in all_matrices(m))
+    bundle = max(layer.bundle_bytes for layer in m.layers)
+    values = max(sum(p.elements for p in layer.parts) for layer in m.layers)
+    return r.threads * r.footprint.weights(max(widest, r.adapter.rank), max(values, r.adapter.rank), bundle)
 
 
 def _kv_cache(f: Facts, r: Request) -> int:

@@ -14,12 +14,50 @@ Mode = Literal["cached", "always-miss", "naive"]
 
 
 @dataclass(frozen=True)
+class DevicePlan:
+    """Where every byte of a device's memory goes. All sizes in bytes; `total <= cap` always holds.
+
+    overhead: of its driver and libraries. half: one of the two through which comes what is not kept there; both and the
+    neurons' padding are `weight_staging`. resident: matrices that are kept there.
+    """
+
+    cap: int
+    overhead: int
+    kv_cache: int
+    activations: int
+    weight_vectors: int
+    weight_adapter: int
+    weight_scratch: int
+    weight_staging: int
+    half: int
+    weight_resident: int = 0
+    resident: frozenset[str] = frozenset()
+
+    @property
+    def weight_total(self) -> int:
+        """Every byte there that holds a weight."""
+        parts = (self.weight_vectors, self.weight_resident, self.weight_adapter)
+        return sum(parts) + self.weight_staging + self.weight_scratch
+
+    @property
+    def total(self) -> int:
+        """What counts against the cap."""
+        return self.weight_total + self.overhead + self.kv_cache + self.activations
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, plain, with the sums."""
+        fields = asdict(self) | {"resident": sorted(self.resident)}
+        return fields | {"weight_total": self.weight_total, "total": self.total}
+
+
+@dataclass(frozen=True)
 class Plan:
     """Where every byte of the cap goes. All sizes in bytes; `total <= cap` always holds.
 
     `weight_*` fields are DRAM that holds weights in any form; the rest only counts under `--memory`.
     neuron_staging: one half of the buffer misses are read to. guess: one half of the buffer for guesses. ring: memory
-    what is known beforehand is streamed through, in pieces of at most `piece` bytes.
+    what is known beforehand is streamed through, in pieces of at most `piece` bytes. device: the same for the memory of
+    a device that has its own; what it keeps is not in DRAM.
     """
 
     cap: int
@@ -42,6 +80,12 @@ class Plan:
     kv_type: KvType = "f32"
     guess: int = 0
     weight_adapter: int = 0
+    device: DevicePlan | None = None
+
+    @property
+    def kept(self) -> frozenset[str]:
+        """Matrices in the host's memory, or in the device's."""
+        return self.resident if self.device is None else self.resident | self.device.resident
 
     @property
     def weight_total(self) -> int:
@@ -59,6 +103,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """All fields, plain, with the sums."""
         fields = asdict(self) | {"resident": sorted(self.resident), "slots": list(self.slots)}
+        fields["device"] = None if self.device is None else self.device.to_json()
         return fields | {"weight_total": self.weight_total, "total": self.total}
 
 
@@ -74,13 +119,21 @@ class AdapterNeeds:
 
 
 @dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes of a device's own memory that may be used, and how many of them its driver and libraries take."""
+
+    cap: int
+    overhead: int = 0
+
+
+@dataclass(frozen=True)
 class Request:
-    """What is asked of the resolver. Exactly one of the cap's two is a number of bytes.
+    """What is asked of the resolver. Exactly one of the cap's `memory` and `weight_memory` is a number of bytes.
 
     baseline: resident bytes of the process before any weight is loaded (measured by the caller).
     alignment: the unit of the reader's device.
     footprint: what the backend keeps. choice: the predictor; firing: what it selects, by layer (None: as assumed).
-    adapter: what is added to the weights, nothing by default.
+    adapter: what is added to the weights, nothing by default. device: where the arithmetic's memory is not the host's.
     """
 
     context: int
@@ -94,3 +147,4 @@ class Request:
     choice: Choice = field(default_factory=Choice)
     firing: tuple[Firing, ...] | None = None
     adapter: AdapterNeeds = field(default_factory=AdapterNeeds)
+    device: DeviceMemory | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,15 +16,16 @@ from flashinfer.errors import StoreError
 from flashinfer.io import AlignedBuffer, RangePlan, Reader, plan_range
 from flashinfer.ledger import Ledger
 from flashinfer.memory import Plan
+from flashinfer.model.arena import Arena, Bytes
 from flashinfer.model.reads import Reads
 from flashinfer.model.stream import Piece, Stream
+from flashinfer.model.uploads import Uploads
 from flashinfer.quant import Codec, LlmInt8, codec_named
 from flashinfer.speed import multiplied
 from flashinfer.store import Manifest, TensorEntry, use_order
 from flashinfer.store.open import outlier_codec
 from flashinfer.store.roles import outliers_role
 
-Bytes = npt.NDArray[np.uint8]
 Index = npt.NDArray[np.int64]
 FILES = {"dense": 0, "predictors": 2}
 """Places of the files with tensors among the reader's files."""
@@ -44,13 +46,22 @@ class _Block:
 class DenseWeights:
     """Vectors, matrices and tables of the dense file.
 
-    A matrix that is not resident is streamed in blocks of whole row tiles (`pieces`, `read_from`).
+    A matrix that is not resident is streamed in blocks of whole row tiles (`pieces`, `read_from`). Where there is a
+    device (`uploads`), each is on it, or is copied there in such blocks, from the host's memory or from the stream.
     """
 
     def __init__(
-        self, manifest: Manifest, reader: Reader, backend: Backend, plan: Plan, ledger: Ledger, max_extent: int
+        self,
+        manifest: Manifest,
+        reader: Reader,
+        backend: Backend,
+        plan: Plan,
+        ledger: Ledger,
+        max_extent: int,
+        arena: Arena,
+        uploads: Uploads | None = None,
     ) -> None:
-        self._tensors, self._backend = manifest.tensors, backend
+        self._tensors, self._backend, self._arena, self._uploads = manifest.tensors, backend, arena, uploads
         self._reads = {name: Reads(reader, number, name, ledger) for name, number in FILES.items()}
         self._alignment, self._manifest = reader.alignment, manifest
         self._max_extent, self._budget = max_extent, plan.piece
@@ -58,22 +69,21 @@ class DenseWeights:
             n: self._load_vector(n) for n, t in self._tensors.items() if len(t.shape) == 1 and t.codec != "i32"
         }
         self._codecs = {role: self._codec(role) for role in self._tensors}
-        self._resident = {name: self._load_matrix(name) for name in sorted(plan.resident)}
-        streamed = [n for n in multiplied(manifest) if n not in self._resident]
+        self._resident, self._hosted = self._load_matrices(plan)
+        streamed = [n for n in multiplied(manifest) if n not in plan.kept]
         # their own account of what is under way: rows that are looked up do not wait for it
         stream = {name: Reads(reader, number, name, ledger) for name, number in FILES.items()}
         order = sorted(use_order(manifest), key=lambda role: role == "embed.weight")  # last where it is the head
         self._blocks = {name: self._split(name, stream[self._tensors[name].file]) for name in order if name in streamed}
-        self._memory, self._ring = np.empty(0, dtype=np.uint8), 0
         self._stream: Stream | None = None
 
     def pieces(self) -> dict[str, list[Piece]]:
         """What is streamed, by matrix, in order of use."""
         return {role: [block.piece for block in blocks] for role, blocks in self._blocks.items()}
 
-    def read_from(self, stream: Stream, memory: Bytes, ring: int) -> None:
-        """Where the pieces come from; the stream's bytes count from `ring` of the memory."""
-        self._stream, self._memory, self._ring = stream, memory, ring
+    def read_from(self, stream: Stream) -> None:
+        """Where the pieces come from: a stream through the arena's ring."""
+        self._stream = stream
 
     def vector(self, role: str) -> Buffer | None:
         """A resident vector, None where the model has none."""
@@ -92,13 +102,32 @@ class DenseWeights:
         if role in self._resident:
             yield 0, self._resident[role]
             return
-        tensor = self._tensors[role]
+        if role in self._hosted:
+            for first, rows, raw in self._parts(role, self._hosted[role]):
+                yield first, self._matrix(role, rows, raw)
+            return
         assert self._stream is not None
         for block in self._blocks[role]:
-            start = self._ring + self._stream.take(block.piece.key) + block.place
-            raw = self._memory[start : start + block.piece.useful]
-            yield block.first, self._backend.matrix(raw, self._codecs[role], block.rows, tensor.shape[1], keep=False)
+            start = self._arena.ring + self._stream.take(block.piece.key) + block.place
+            yield block.first, self._matrix(role, block.rows, self._arena.bytes[start : start + block.piece.useful])
+            if self._uploads is not None:
+                self._uploads.wait()  # from here on the piece is written to
         self._stream.release()
+
+    def _matrix(self, role: str, rows: int, raw: Bytes) -> Buffer:
+        """Some rows of a matrix that lie in the host's memory, for one use."""
+        there = raw if self._uploads is None else self._uploads.passing(raw)
+        return self._backend.matrix(there, self._codecs[role], rows, self._tensors[role].shape[1], keep=False)
+
+    def _parts(self, role: str, raw: Bytes) -> Iterator[tuple[int, int, Bytes]]:
+        """A matrix in parts of as many whole row tiles as pass to the device at once: first row, rows, bytes."""
+        assert self._uploads is not None
+        total = self._tensors[role].shape[0]
+        width = len(raw) // total
+        step = _whole_tiles(self._uploads.arena.half // width, total)
+        for first in range(0, total, step):
+            rows = min(step, total - first)
+            yield first, rows, raw[first * width : (first + rows) * width]
 
     def lookup(self, role: str, ids: Index) -> npt.NDArray[np.float32]:
         """Rows `[len(ids), cols]` as float32, a tile of TILE_TOKENS at a time; each is read once."""
@@ -106,13 +135,18 @@ class DenseWeights:
         out = np.empty((len(ids), self._tensors[role].shape[1]), dtype=np.float32)
         for t in range(0, len(ids), TILE_TOKENS):
             some = ids[t : t + TILE_TOKENS]
-            resident = self._resident.get(role)
-            out[t : t + len(some)] = (
-                self._backend.rows(resident, some)
-                if resident is not None
-                else self._read_rows(self._tensors[role], some)
-            )
+            out[t : t + len(some)] = self._rows(role, some)
         return out[place]
+
+    def _rows(self, role: str, ids: Index) -> npt.NDArray[np.float32]:
+        if role in self._resident:
+            return self._backend.rows(self._resident[role], ids)
+        tensor = self._tensors[role]
+        if role not in self._hosted:
+            return self._read_rows(tensor, ids)
+        codec = self._codecs[role]
+        found = codec_named(codec) if isinstance(codec, str) else codec
+        return found.decode(self._hosted[role].reshape(tensor.shape[0], -1)[ids], tensor.shape[1])
 
     def _read_rows(self, tensor: TensorEntry, ids: Index) -> npt.NDArray[np.float32]:
         """One small read per row, all in flight at once."""
@@ -135,14 +169,15 @@ class DenseWeights:
             reads.settle()
         self._resident.clear()
         self._vectors.clear()
-        self._memory = np.empty(0, dtype=np.uint8)
+        self._hosted.clear()
 
     def _split(self, role: str, reads: Reads) -> list[_Block]:
         """A matrix in blocks of as many whole row tiles as a piece holds; one of less than a row tile is a block."""
         tensor = self._tensors[role]
         width = tensor.bytes // tensor.shape[0]
-        fit = (self._budget - 2 * self._alignment) // width
-        fit = tensor.shape[0] if fit >= tensor.shape[0] else fit // TILE_ROWS * TILE_ROWS
+        most = self._budget - 2 * self._alignment
+        most = most if self._uploads is None else min(most, self._uploads.arena.half)
+        fit = _whole_tiles(most // width, tensor.shape[0])
         blocks = []
         for first in range(0, tensor.shape[0], fit):
             rows = min(fit, tensor.shape[0] - first)
@@ -159,16 +194,25 @@ class DenseWeights:
     def _read(self, role: str) -> tuple[AlignedBuffer, Bytes]:
         """A whole tensor, checked: what stays for good is worth a pass of the hash over it."""
         tensor = self._tensors[role]
-        plan, reads = self._range(tensor.offset, tensor.bytes), self._reads[tensor.file]
-        buffer = AlignedBuffer(plan.extents.total)
-        reads.wait(reads.submit(plan.extents, buffer.array, tensor.bytes))
-        raw = buffer.array[plan.place : plan.place + tensor.bytes]
-        if xxhash.xxh3_128_hexdigest(raw.data) != tensor.xxh3:
+        buffer = AlignedBuffer(self._range(tensor.offset, tensor.bytes).extents.total)
+        raw = self._read_part(role, 0, tensor.bytes, buffer.array)
+        self._check(role, xxhash.xxh3_128_hexdigest(raw.data))
+        return buffer, raw
+
+    def _read_part(self, role: str, start: int, length: int, target: Bytes) -> Bytes:
+        """So many bytes from there on of a tensor, read into `target`, of which they are a view."""
+        tensor = self._tensors[role]
+        plan, reads = self._range(tensor.offset + start, length), self._reads[tensor.file]
+        reads.wait(reads.submit(plan.extents, target[: plan.extents.total], length))
+        return target[plan.place : plan.place + length]
+
+    def _check(self, role: str, digest: str) -> None:
+        tensor = self._tensors[role]
+        if digest != tensor.xxh3:
             raise StoreError(
                 f"tensor {role} of {self._manifest.file_of(tensor).name} does not match its checksum; the file is "
                 "damaged: run `flashinfer verify` on the store, then pack it again"
             )
-        return buffer, raw
 
     def _load_vector(self, role: str) -> Buffer:
         buffer, raw = self._read(role)
@@ -184,7 +228,33 @@ class DenseWeights:
         with buffer:
             return outlier_codec(raw.view("<i4").tolist(), tensor.shape[1], outliers)
 
-    def _load_matrix(self, role: str) -> Buffer:
-        """On a CPU the matrix is a view of the memory the device wrote to, and keeps it; elsewhere that is let go."""
-        _, raw = self._read(role)
+    def _load_matrices(self, plan: Plan) -> tuple[dict[str, Buffer], dict[str, Bytes]]:
+        """What stays: matrices where arithmetic has its memory, and bytes that are copied to a device when needed. On
+        a CPU a matrix is a view of the memory the disk wrote to, and keeps it."""
+        here = {role: self._read(role)[1] for role in sorted(plan.resident)}
+        if self._uploads is None:
+            return {role: self._kept(role, raw) for role, raw in here.items()}, {}
+        for raw in here.values():
+            self._uploads.pin(raw)
+        return {role: self._kept(role, self._load_device(role)) for role in self._uploads.arena.matrices}, here
+
+    def _kept(self, role: str, raw: Any) -> Buffer:
         return self._backend.matrix(raw, self._codecs[role], *self._tensors[role].shape, keep=True)
+
+    def _load_device(self, role: str) -> Any:
+        """A whole tensor, checked, on the device; it comes through the read buffers, which nothing uses yet."""
+        assert self._uploads is not None
+        target, digest = self._arena.bytes[self._arena.staging :], xxhash.xxh3_128()
+        size, at = self._tensors[role].bytes, self._uploads.arena.matrices[role]
+        step = len(target) - 2 * self._alignment
+        for start in range(0, size, step):
+            raw = self._read_part(role, start, min(step, size - start), target)
+            digest.update(raw.data)
+            self._uploads.staying(at + start, raw)
+        self._check(role, digest.hexdigest())
+        return self._uploads.arena.memory[at : at + size]
+
+
+def _whole_tiles(rows: int, total: int) -> int:
+    """All rows of a matrix where so many are as many, else as many whole row tiles."""
+    return total if rows >= total else rows // TILE_ROWS * TILE_ROWS

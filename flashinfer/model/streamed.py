@@ -13,11 +13,12 @@ from flashinfer.config import RunConfig
 from flashinfer.io import Reader
 from flashinfer.ledger import Ledger
 from flashinfer.memory import Mode, Plan, needs_all
-from flashinfer.model.arena import Arena
+from flashinfer.model.arena import Arena, DeviceArena
 from flashinfer.model.dense import HEAD, DenseWeights
 from flashinfer.model.neurons import NeuronStore
 from flashinfer.model.pinned import PinnedNeurons
 from flashinfer.model.stream import Piece, Stream
+from flashinfer.model.uploads import UploadedNeurons, Uploads
 from flashinfer.model.weights import Group, no_guess
 from flashinfer.predict import Selection
 from flashinfer.store import Facts, Geometry, Manifest, NeuronLayer, TensorEntry
@@ -66,19 +67,28 @@ class StreamedWeights:
     ) -> None:
         self.backend = backend
         self._bundles = [bundle_of(layer, manifest.facts) for layer in manifest.layers]
-        self._dense = DenseWeights(manifest, reader, backend, plan, ledger, run.io.max_extent)
         self._arena = Arena(manifest, geometries, plan)
+        self._uploads: Uploads | None = None
+        if backend.copies is not None and plan.device is not None:
+            self._uploads = Uploads(backend.copies, DeviceArena(manifest, plan.device, backend.copies), ledger)
+            self._uploads.pin(self._arena.bytes)
+        self._dense = DenseWeights(
+            manifest, reader, backend, plan, ledger, run.io.max_extent, self._arena, self._uploads
+        )
         self._neurons: NeuronStore | PinnedNeurons
         if needs_all(manifest, choice, mode):
             self._neurons = PinnedNeurons(geometries, reader, plan, run, ledger, self._arena)
         else:
             self._neurons = NeuronStore(geometries, reader, backend, plan, run, mode, ledger, self._arena)
         pieces = in_order(self._dense.pieces(), [self._neurons.pieces(i) for i in range(len(geometries))])
-        self._stream = Stream(self._arena.bytes[self._arena.ring :], pieces)
-        self._dense.read_from(self._stream, self._arena.bytes, self._arena.ring)
+        self._stream = Stream(self._arena.bytes[self._arena.ring : self._arena.end], pieces)
+        self._dense.read_from(self._stream)
         self._neurons.read_from(self._stream)
+        self._groups = self._neurons.groups
+        if self._uploads is not None:
+            self._groups = UploadedNeurons(self._neurons, self._uploads, self._arena, self._bundles).groups
         predictors = {role for role, t in manifest.tensors.items() if len(t.shape) == 2 and names_neurons(role, t)}
-        self.looks_ahead = plan.guess > 0 and predictors <= plan.resident  # out of turn, nothing may be streamed
+        self.looks_ahead = plan.guess > 0 and predictors <= plan.kept  # out of turn, nothing may be streamed
         self.vector = self._dense.vector
         self.has = self._dense.has
         self.rows_of = self._dense.rows_of
@@ -107,11 +117,13 @@ class StreamedWeights:
         self, layer: int, selection: Selection, tiles: Index, guess: Callable[[], Index | None] = no_guess
     ) -> Iterator[Group]:
         """See `model.weights.Weights.neurons`."""
-        return self._neurons.groups(layer, selection, tiles, guess)
+        return self._groups(layer, selection, tiles, guess)
 
     def close(self) -> None:
         """Drop all weights. Nothing is in flight afterwards."""
         self._stream.close()
         self._dense.close()
         self._neurons.close()
+        if self._uploads is not None:
+            self._uploads.close()
         self._arena.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def looked_at(store: Store, cap: Cap, size: int, *, context: int, run: RunConfig
     Raises:
         CapTooSmallError: the cap is below the model's floor and that. Else what `Model` raises.
     """
-    less = cap if cap.memory is None else Cap(memory=max(1, cap.memory - size))
+    less = cap if cap.memory is None else replace(cap, memory=max(1, cap.memory - size))
     bare = Store(store.root, msgspec.structs.replace(store.manifest, sections={}))
     try:
         model = Model.open(bare, less, context=context, run=run, device=device)

@@ -203,7 +203,7 @@ def _with_room(
     chunk, memory = setup.run.prefill_chunk, setup.cap.memory
     while True:
         extra = setup.aside + reserve(store.manifest.facts, chunk) + more
-        cap = setup.cap if memory is None else Cap(memory=max(1, memory - extra))
+        cap = setup.cap if memory is None else replace(setup.cap, memory=max(1, memory - extra))
         try:
             return attempt(cap, replace(setup.run, predictor=name, prefill_chunk=chunk)), chunk
         except CapTooSmallError as e:

@@ -58,8 +58,6 @@ class CopiesConformance:
         for a, h in zip(at, home, strict=True):
             expected[h : h + size] = source[a : a + size]
         assert np.array_equal(back, expected)
-        copies.unpin(source)
-        copies.unpin(back)
 
     def test_neighbours_are_one_transfer(self, copies: Copies) -> None:
         memory, source = copies.allocate(100), random_bytes(1, 100)

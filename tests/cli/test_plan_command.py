@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+import flashinfer
 from flashinfer import cli, engine, machine, pack
+from flashinfer.backend import APART, open_backend
 from flashinfer.cli import main
-from flashinfer.config import Cap
+from flashinfer.config import Cap, Rates
 from flashinfer.engine import Model
 from flashinfer.errors import CapTooLargeError, CapTooSmallError
 from flashinfer.machine import MemoryLimit, memory_cap
@@ -61,6 +63,48 @@ def test_plan_prints_where_every_byte_goes(store: Path, capsys) -> None:
     for text in ("resident matrices", "neuron slots", "keys and values", "free", "bounded by", "<- asked", "ceiling",
                  "below the floor", "first token", "every one is needed"):  # fmt: skip
         assert text in out
+
+
+def test_plan_prints_where_every_byte_of_a_device_goes(store: Path, capsys, monkeypatch) -> None:
+    """`cuda` is the CPU here, with memory of its own."""
+    monkeypatch.setattr("flashinfer.bench.promise.open_backend", lambda _, *others: open_backend(APART, *others))
+    arguments = ["plan", str(store), "--weight-memory", "100MB", "--device", "cuda", "--vram", "1200kB", *QUICK]
+    assert main([*arguments, "--context", "32"]) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "device memory 1.14 MiB",
+        "weights on their way",
+        "copied to the device",
+        "from its memory",
+        "copies to it",
+    ):
+        assert text in out
+    assert main([*arguments, "--context", "32", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    device = said["plan"]["device"]
+    assert device["resident"]
+    assert device["total"] <= device["cap"] == 1_200_000
+    assert said["plan"]["kv_cache"] == 0
+    assert said["prediction"]["pcie_bytes"] == said["prediction"]["dram_bytes"] > 0
+    assert said["prediction"]["vram_bytes"] > said["prediction"]["pcie_bytes"]
+    assert said["basis"]["rates"]["pcie"] not in (Rates().pcie, 0)
+
+
+@pytest.mark.parametrize("command", ["plan", "generate -p abc", "chat", "bench generate", "eval --text a.txt"])
+def test_vram_without_a_device_is_one_line(command: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    (tmp_path / "a.txt").write_text("Once upon a time there was a clock maker who lived by the sea. " * 40)
+    monkeypatch.chdir(tmp_path)
+    pack(Path(flashinfer.__file__).parent / "_demo", tmp_path / "demo.flash")
+    capsys.readouterr()
+    name, *options = command.replace("bench generate", "bench-generate").split()
+    more = ["--chat-template", "vicuna"] if name == "chat" else []
+    assert main([*name.split("-"), "demo.flash", *options, *more, "--vram", "1GiB"]) == 1
+    out, err = capsys.readouterr()
+    said = "--vram bounds a device's own memory, and the CPU has none; leave it out, or add --device cuda"
+    assert err == f"flashinfer: error: {said}\n"
+    assert not out
+    assert main([*name.split("-"), "demo.flash", *options, *more, "--vram", "much"]) == 2
+    assert "--vram" in capsys.readouterr().err
 
 
 def test_assumed_sparsity_is_labelled(tmp_path: Path, capsys) -> None:

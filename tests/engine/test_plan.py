@@ -13,9 +13,9 @@ from msgspec import structs
 
 from flashinfer.backend.footprint import NATIVE, TORCH
 from flashinfer.cache import WindowCache
-from flashinfer.config import Cap, IoConfig, RunConfig
+from flashinfer.config import LOAD_CHUNK, Cap, IoConfig, RunConfig
 from flashinfer.errors import CapTooSmallError
-from flashinfer.memory import AdapterNeeds, Plan, Request, resolve
+from flashinfer.memory import AdapterNeeds, DeviceMemory, Plan, Request, resolve
 from flashinfer.speed import multiplied
 from flashinfer.store import open_store
 
@@ -29,11 +29,30 @@ def floor_of(manifest, request: Request) -> int:
     return e.value.floor
 
 
+def device_floor(manifest, request: Request) -> int:
+    with pytest.raises(CapTooSmallError, match="--vram") as e:
+        resolve(manifest, replace(request, device=DeviceMemory(1, overhead=10_000)))
+    return e.value.floor
+
+
+def check_device(plan: Plan, manifest) -> None:
+    device = plan.device
+    assert device is not None
+    assert device.total <= device.cap
+    assert (plan.kv_cache, plan.weight_vectors) == (0, 0)
+    assert not device.resident & plan.resident
+    assert sum(manifest.tensors[r].bytes for r in device.resident) <= device.weight_resident
+    assert device.weight_staging >= 2 * device.half >= 2 * max(64 * n.bundle_bytes for n in manifest.layers)
+
+
 def check(plan: Plan, manifest) -> None:
+    if plan.device is not None:
+        check_device(plan, manifest)
+    loading = 0 if plan.device is None else LOAD_CHUNK
     assert plan.total <= plan.cap
-    assert plan.weight_staging == 2 * plan.neuron_staging + plan.ring
+    assert plan.weight_staging == 2 * plan.neuron_staging + plan.ring + loading
     assert plan.ring == 0 or plan.ring >= 2 * plan.piece > 0
-    matrices = {name for name in multiplied(manifest) if name not in plan.resident}
+    matrices = {name for name in multiplied(manifest) if name not in plan.kept}
     assert plan.ring > 0 or not matrices
     assert all(0 <= s <= layer.records for s, layer in zip(plan.slots, manifest.layers, strict=True))
     assert (
@@ -56,9 +75,10 @@ def check(plan: Plan, manifest) -> None:
     footprint=st.sampled_from([NATIVE, TORCH]),
     kv_type=st.sampled_from(["f32", "f16", "int8"]),
     adapter=st.sampled_from([AdapterNeeds(), AdapterNeeds(30_000, 500, 96, 8)]),
+    there=st.one_of(st.none(), st.integers(0, 600_000)),
 )
 def test_sums_to_at_most_the_cap(
-    packed, variant, kind, above, alignment, threads, objective, mode, ring, staging, footprint, kv_type, adapter
+    packed, variant, kind, above, alignment, threads, objective, mode, ring, staging, footprint, kv_type, adapter, there
 ) -> None:
     manifest = open_store(packed(variant).store).manifest
     run = RunConfig(io=IoConfig(objective=objective), ring=ring, staging=staging, kv_type=kv_type)
@@ -66,6 +86,11 @@ def test_sums_to_at_most_the_cap(
         BASE, alignment=alignment, threads=threads, run=run, mode=mode, footprint=footprint, adapter=adapter,
         cap=Cap(**{kind: 1}),
     )  # fmt: skip
+    if there is not None:
+        least = device_floor(manifest, request)
+        request = replace(request, device=DeviceMemory(least + there, overhead=10_000))
+        with pytest.raises(CapTooSmallError, match=f"{least} bytes"):
+            resolve(manifest, replace(request, device=DeviceMemory(least - 1, overhead=10_000)))
     floor = floor_of(manifest, request)
     check(resolve(manifest, replace(request, cap=Cap(**{kind: floor + above}))), manifest)
     with pytest.raises(CapTooSmallError, match=f"{floor} bytes"):
@@ -88,6 +113,16 @@ def test_a_generous_cap_keeps_everything(packed) -> None:
     assert plan.resident == {name for name, t in manifest.tensors.items() if len(t.shape) == 2}
     assert plan.slots == tuple(layer.records for layer in manifest.layers)
     assert plan.ring == 0
+
+
+def test_a_device_takes_what_it_keeps_out_of_the_cap(packed) -> None:
+    manifest = open_store(packed("llama").store).manifest
+    request = replace(BASE, cap=Cap(weight_memory=10**9), device=DeviceMemory(10**9))
+    alone, plan = resolve(manifest, replace(request, device=None)), resolve(manifest, request)
+    assert plan.device is not None
+    assert plan.device.resident == alone.resident
+    assert not plan.resident
+    assert plan.weight_total <= alone.weight_total - alone.weight_resident - alone.weight_vectors + LOAD_CHUNK
 
 
 def test_the_memory_cap_counts_the_rest_too(packed) -> None:

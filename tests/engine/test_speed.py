@@ -20,7 +20,7 @@ from flashinfer.config import Cap, DiskCurve, IoConfig, KvType, Rates, RunConfig
 from flashinfer.engine import Model
 from flashinfer.errors import CapTooSmallError
 from flashinfer.firing import Firing, firing_of
-from flashinfer.memory import AdapterNeeds, Mode, Plan, Request, resolve
+from flashinfer.memory import AdapterNeeds, DeviceMemory, Mode, Plan, Request, resolve
 from flashinfer.speed import Conditions, predict
 from flashinfer.store import Facts, FileEntry, Manifest, NeuronLayer, PartEntry, TensorEntry, open_store
 from tests.checkpoints import make_llama
@@ -188,19 +188,31 @@ RATES = [Rates(), Rates(linear=1.5e9, bundle=1e9), Rates(linear=80e9, bundle=60e
     footprint=st.sampled_from([NATIVE, TORCH]),
     kv_type=st.sampled_from(["f32", "f16", "int8"]),
     adapter=st.sampled_from([AdapterNeeds(), AdapterNeeds(40 << 20, 11_008, 32_000, 16)]),
+    there=st.one_of(st.none(), st.tuples(st.floats(0.0, 1.2), st.floats(0.0, 0.3))),
 )
 def test_more_memory_is_never_predicted_slower(
     name: str, kind: str, curve: DiskCurve, rates: Rates, mode: Mode, alignment: int, share: float, more: int | float,
-    ring: int, footprint: Footprint, kv_type: KvType, adapter: AdapterNeeds,
+    ring: int, footprint: Footprint, kv_type: KvType, adapter: AdapterNeeds, there: tuple[float, float] | None,
 ) -> None:  # fmt: skip
+    """Nor is more memory of a device, where there is one; both at once grow here."""
     manifest = MANIFESTS[name]()
     run = RunConfig(io=IoConfig(disk=curve), rates=rates, ring=ring, kv_type=kv_type)
     request = replace(
         BASE, run=run, mode=mode, alignment=alignment, context=256, footprint=footprint, adapter=adapter,
         cap=Cap(**{kind: 1}),
     )  # fmt: skip
+    devices: list[DeviceMemory | None] = [None, None]
+    if there is not None:
+        with pytest.raises(CapTooSmallError) as e:
+            resolve(manifest, replace(request, device=DeviceMemory(1)))
+        first = e.value.floor + int(there[0] * manifest.weight_bytes())
+        devices = [DeviceMemory(first), DeviceMemory(first + int(there[1] * manifest.weight_bytes()))]
+    request = replace(request, device=devices[0])
     cap = floor_of(manifest, request) + int(share * manifest.weight_bytes())
     caps = [cap, cap + (more if isinstance(more, int) else int(more * manifest.weight_bytes()))]
-    plans = [resolve(manifest, replace(request, cap=Cap(**{kind: c}))) for c in caps]
+    plans = [
+        resolve(manifest, replace(request, cap=Cap(**{kind: c}), device=device))
+        for c, device in zip(caps, devices, strict=True)
+    ]
     less, same = (predict(conditions(manifest, request), p, prompt_tokens=128).token_seconds for p in plans)
     assert same <= less * (1 + 1e-9)

@@ -123,6 +123,7 @@ class _Plan:
     cap: int = 1 << 30
     cap_kind: str = "memory"
     weight_adapter: int = 0
+    device: None = None
 
     def to_json(self) -> dict[str, int]:
         return {"context": self.context}
