@@ -26,7 +26,8 @@ class Account:
     copies to a device; submitting: handing reads to the kernel. Together they are `management`.
     hits, misses: records found in a slot, records that had to be read. guessed_bytes: of the bytes read, those read
     before anybody needed them; guessed_useful: of these, those of records that then were needed.
-    copied_bytes: weights copied to a device that has its own memory; copies: the transfers they took.
+    copied_bytes: weights copied to a device that has its own memory; copied_back_bytes: records that left its slots for
+    the host's; copies: the transfers both took.
     """
 
     steps: int = 0
@@ -45,6 +46,7 @@ class Account:
     guessed_bytes: int = 0
     guessed_useful: int = 0
     copied_bytes: int = 0
+    copied_back_bytes: int = 0
     copies: int = 0
 
     @property
@@ -161,9 +163,12 @@ class Ledger:
         account.useful_bytes += useful
         return 0 if self.trace is None else self.trace.reads_submitted(name, size, reads)
 
-    def copied(self, size: int, transfers: int) -> None:
-        """Charge copies to a device that are on their way."""
-        self.current.copied_bytes += size
+    def copied(self, size: int, transfers: int, *, back: bool = False) -> None:
+        """Charge copies to a device, or back from it, that are on their way."""
+        if back:
+            self.current.copied_back_bytes += size
+        else:
+            self.current.copied_bytes += size
         self.current.copies += transfers
 
     def seen(self, name: str, batch: int) -> None:

@@ -29,7 +29,7 @@ from flashinfer.firing import Firing, mean_firing
 from flashinfer.store import Manifest, NeuronLayer
 
 if TYPE_CHECKING:
-    from flashinfer.memory import Mode, Plan
+    from flashinfer.memory import DevicePlan, Mode, Plan
 
 LAYER_SECONDS = 1e-3
 """Norms, rotary, attention of a short context and the calls around them, in a layer. Measured with torch: 0.7-1.5 ms;
@@ -150,7 +150,7 @@ def predict(c: Conditions, plan: Plan, *, prompt_tokens: int) -> Prediction:
     scan = (token.weights + kv) / rate
     dram = token.copied / c.rates.dram if there else scan
     compute, disk = token.compute + kv / rate, token.ahead + token.waited
-    filled = plan.weight_resident + plan.weight_slots + (0 if plan.device is None else plan.device.weight_resident)
+    filled = plan.weight_resident + plan.weight_slots + (0 if plan.device is None else _kept_there(plan.device))
     return Prediction(
         flash_bytes=token.read,
         flash_reads=token.reads,
@@ -168,6 +168,10 @@ def predict(c: Conditions, plan: Plan, *, prompt_tokens: int) -> Prediction:
         pcie_bytes=token.copied,
         vram_bytes=token.weights + kv if there else 0.0,
     )
+
+
+def _kept_there(device: DevicePlan) -> int:
+    return device.weight_resident + device.weight_slots
 
 
 def _bound(disk: float, copies: float, compute: float, scan: float, there: bool) -> Bound:
@@ -202,8 +206,8 @@ def step_cost(c: Conditions, plan: Plan, tokens: int, *, head: bool = True) -> t
         rest = rest + lookup_cost(c, name, plan, tokens)
     if head:
         rest = rest + matrix_cost(c, head_of(m), plan, tokens)
-    for layer, slots in enumerate(plan.slots):
-        ffn = ffn + neurons_cost(c, layer, slots, plan, tokens)
+    for layer, (slots, near) in enumerate(zip(plan.slots, plan.near, strict=True)):
+        ffn = ffn + neurons_cost(c, layer, slots, plan, tokens, near)
     return ffn, rest
 
 
@@ -258,12 +262,11 @@ def lookup_cost(c: Conditions, name: str, plan: Plan, tokens: int) -> Cost:
     return Cost(read, tokens, waited=disk)
 
 
-def neurons_cost(c: Conditions, layer: int, slots: int, plan: Plan, tokens: int) -> Cost:
-    """The neurons of one layer, `slots` of whose records may stay."""
+def neurons_cost(c: Conditions, layer: int, slots: int, plan: Plan, tokens: int, near: int = 0) -> Cost:
+    """The neurons of one layer, `slots` of whose records may stay, and `near` more on a device."""
     n = c.manifest.layers[layer]
-    kept = slots / n.records if c.mode == "cached" else 0.0
-    needed = c.firing[layer].needed(tokens) if c.selects else 1.0
-    up = Cost() if plan.device is None else _copy_cost(c, needed * n.neurons * n.bundle_bytes)
+    kept = (slots + near) / n.records if c.mode == "cached" else 0.0
+    up = Cost() if plan.device is None else _copy_cost(c, layer, near / n.records, tokens)
     if c.selects:
         return up + _selected_cost(c, n, c.firing[layer], kept, plan.neuron_staging, tokens)
     rate = c.rates.bundle if tokens == 1 else c.rates.bundle_prompt / math.ceil(tokens / TILE_TOKENS)
@@ -274,8 +277,15 @@ def neurons_cost(c: Conditions, layer: int, slots: int, plan: Plan, tokens: int)
     return up + Cost(read, reads, size, ahead, 0.0, size / rate + pieces * BLOCK_SECONDS)
 
 
-def _copy_cost(c: Conditions, size: float) -> Cost:
-    """Copying so many bytes to a device, before they are computed with."""
+def _copy_cost(c: Conditions, layer: int, near: float, tokens: int) -> Cost:
+    """Copying to a device the neurons that so many tokens need, but for the share of records that is there."""
+    n, firing = c.manifest.layers[layer], c.firing[layer]
+    absent = 1.0 - near
+    if c.selects:
+        touched = firing.touched(tokens, n.bundles_per_record)
+        found = firing.missing(tokens, n.bundles_per_record, near) / touched if near and touched else 1.0
+        absent = found * firing.needed(tokens)
+    size = absent * n.neurons * n.bundle_bytes
     return Cost(copied=size, lifting=size / c.rates.pcie)
 
 

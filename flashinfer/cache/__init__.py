@@ -2,10 +2,11 @@
 
 from flashinfer.cache.always_miss import AlwaysMiss
 from flashinfer.cache.policy import Change, Policy
+from flashinfer.cache.tiers import TieredCache, exchange
 from flashinfer.cache.window import WindowCache
 from flashinfer.config import Retention
 
-__all__ = ["AlwaysMiss", "Change", "Policy", "WindowCache", "window_cache"]
+__all__ = ["AlwaysMiss", "Change", "Policy", "TieredCache", "WindowCache", "exchange", "window_cache"]
 
 
 def window_cache(records: int, slots: int, *, window: int, retention: Retention = "frequency") -> Policy:

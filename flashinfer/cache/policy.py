@@ -16,7 +16,8 @@ Index = npt.NDArray[np.int64]
 class Change:
     """What one step asks of the slots, to be carried out in this order.
 
-    moves: slot `move_from[i]` is copied to `move_to[i]` (swap-delete: the hole is filled from the end).
+    moves: slot `move_from[i]` is copied to `move_to[i]` (swap-delete: the hole is filled from the end; between tiers of
+    slots, where records change places, as `tiers.exchange` has it).
     inserts: record `insert_records[i]`, just read, is copied to slot `insert_slots[i]`.
     misses: sorted records that were in no slot before this step and must be read now. Those of them not in
     `insert_records` are transient: computed from the read buffer, kept nowhere.

@@ -140,6 +140,7 @@ def _part_line(name: str, size: int, cap: int, block: str) -> str:
 def _device_parts(device: DevicePlan, kv_type: str) -> list[tuple[str, int]]:
     parts = [
         (f"resident matrices ({len(device.resident)})", device.weight_resident),
+        (f"neuron slots ({sum(device.slots)} records)", device.weight_slots),
         ("norms and biases", device.weight_vectors),
         *([("adapter", device.weight_adapter)] if device.weight_adapter else []),
         ("weights on their way", device.weight_staging),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from flashinfer.errors import CapTooSmallError
 from flashinfer.memory.floor import least_device_plan
 from flashinfer.memory.plan import Plan, Request
-from flashinfer.memory.wants import choose, dense_area, matrix_wants
+from flashinfer.memory.wants import choose, dense_area, matrix_wants, slot_wants
 from flashinfer.speed import Conditions
 from flashinfer.store import Manifest
 from flashinfer.units import format_size
@@ -36,13 +36,18 @@ def placements(c: Conditions, plan: Plan) -> list[Plan]:
     device, m = plan.device, c.manifest
     if device is None or c.mode == "naive":
         return [plan]
-    every, plans = frozenset(m.tensors), []
+    every, records = frozenset(m.tensors), tuple(layer.records for layer in m.layers)
+    plans: list[Plan] = []
     there = replace(plan, device=replace(device, resident=every))
-    for bare in (plan, replace(plan, resident=every)):
-        wants = [want for want in matrix_wants(c, bare, there, frozenset()) if want.value > 0]
-        kept = choose(m, wants, device.cap - device.total).resident
-        size = sum(dense_area(m.tensors[name].bytes) for name in kept)
-        placed = replace(plan, device=replace(device, resident=kept, weight_resident=size))
-        if placed not in plans:
-            plans.append(placed)
+    for bare in (plan, replace(plan, resident=every, slots=records)):
+        wants = matrix_wants(c, bare, there, frozenset())
+        if c.mode == "cached":
+            wants += slot_wants(c, bare, near=True)
+        chosen = choose(m, [want for want in wants if want.value > 0], device.cap - device.total)
+        size = sum(dense_area(m.tensors[name].bytes) for name in chosen.resident)
+        placed = replace(
+            device, resident=chosen.resident, weight_resident=size, slots=chosen.slots, weight_slots=chosen.slot_bytes
+        )
+        if all(placed != other.device for other in plans):
+            plans.append(replace(plan, device=placed))
     return plans

@@ -80,7 +80,8 @@ def least_device_plan(m: Manifest, r: Request) -> DevicePlan | None:
     if r.device is None:
         return None
     bundle = max(layer.bundle_bytes for layer in m.layers)
-    half = round_up(max(_largest_block(m), TILE_NEURONS * bundle, MIN_STAGING), FILE_ALIGNMENT)
+    record = max(layer.record_bytes for layer in m.layers)
+    half = round_up(max(_largest_block(m), TILE_NEURONS * bundle, record, MIN_STAGING), FILE_ALIGNMENT)
     padding = round_up(bundle, FILE_ALIGNMENT)
     least = DevicePlan(
         cap=r.device.cap,
@@ -92,6 +93,7 @@ def least_device_plan(m: Manifest, r: Request) -> DevicePlan | None:
         weight_scratch=_scratch(m, r),
         weight_staging=2 * half + padding,
         half=half,
+        slots=(0,) * len(m.layers),
     )
     wanted = max(half, min(r.run.staging, half + max(0, least.cap - least.total) // HALF_SHARE))
     half = wanted // FILE_ALIGNMENT * FILE_ALIGNMENT

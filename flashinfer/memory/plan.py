@@ -18,7 +18,7 @@ class DevicePlan:
     """Where every byte of a device's memory goes. All sizes in bytes; `total <= cap` always holds.
 
     overhead: of its driver and libraries. half: one of the two through which comes what is not kept there; both and the
-    neurons' padding are `weight_staging`. resident: matrices that are kept there.
+    neurons' padding are `weight_staging`. resident: matrices that are kept there; slots: of each layer's records.
     """
 
     cap: int
@@ -30,13 +30,15 @@ class DevicePlan:
     weight_scratch: int
     weight_staging: int
     half: int
+    slots: tuple[int, ...]
     weight_resident: int = 0
+    weight_slots: int = 0
     resident: frozenset[str] = frozenset()
 
     @property
     def weight_total(self) -> int:
         """Every byte there that holds a weight."""
-        parts = (self.weight_vectors, self.weight_resident, self.weight_adapter)
+        parts = (self.weight_vectors, self.weight_resident, self.weight_slots, self.weight_adapter)
         return sum(parts) + self.weight_staging + self.weight_scratch
 
     @property
@@ -46,7 +48,7 @@ class DevicePlan:
 
     def to_json(self) -> dict[str, Any]:
         """All fields, plain, with the sums."""
-        fields = asdict(self) | {"resident": sorted(self.resident)}
+        fields = asdict(self) | {"resident": sorted(self.resident), "slots": list(self.slots)}
         return fields | {"weight_total": self.weight_total, "total": self.total}
 
 
@@ -86,6 +88,11 @@ class Plan:
     def kept(self) -> frozenset[str]:
         """Matrices in the host's memory, or in the device's."""
         return self.resident if self.device is None else self.resident | self.device.resident
+
+    @property
+    def near(self) -> tuple[int, ...]:
+        """Slots of each layer on the device; none without one."""
+        return (0,) * len(self.slots) if self.device is None else self.device.slots
 
     @property
     def weight_total(self) -> int:

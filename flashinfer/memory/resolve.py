@@ -53,7 +53,8 @@ def resolve(manifest: Manifest, request: Request) -> Plan:
 
 def _can_run(c: Conditions, plan: Plan) -> bool:
     """Whether it keeps the cap, and has buffers for what it does not keep."""
-    every = all(slots == n.records for slots, n in zip(plan.slots, c.manifest.layers, strict=True))
+    slots = (a + b for a, b in zip(plan.slots, plan.near, strict=True))
+    every = all(count == n.records for count, n in zip(slots, c.manifest.layers, strict=True))
     return plan.total <= plan.cap and (plan.ring > 0 or every or c.selects)
 
 
@@ -124,10 +125,10 @@ def _spend(c: Conditions, plan: Plan, must: frozenset[str], steps: Steps) -> Pla
         wants = matrix_wants(c, plan, replace(plan, resident=frozenset(m.tensors)), must | there)
     if c.mode == "cached":
         buffers = (plan.neuron_staging, 0, 0) if c.selects else (plan.neuron_staging, plan.piece, plan.ring)
-        if buffers not in steps:
-            steps[buffers] = slot_wants(c, plan)
-        wants += steps[buffers]
-    chosen = choose(m, wants, free)
+        if (*buffers, plan.near) not in steps:
+            steps[*buffers, plan.near] = slot_wants(c, plan)
+        wants += steps[*buffers, plan.near]
+    chosen = choose(m, wants, free, plan.near)
     resident = must | chosen.resident
     kept = sum(dense_area(m.tensors[name].bytes) for name in resident)
     return replace(plan, weight_resident=kept, weight_slots=chosen.slot_bytes, resident=resident, slots=chosen.slots)

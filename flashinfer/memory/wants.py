@@ -31,8 +31,8 @@ class Want:
     share: float = 0.0
 
 
-Steps = dict[tuple[int, int, int], "list[Want]"]
-"""Wants of slots, by all of a plan that their price depends on: the read buffers."""
+Steps = dict[tuple[object, ...], "list[Want]"]
+"""Wants of slots, by all of a plan that their price depends on: the read buffers, and what a device has."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,18 @@ def matrix_wants(c: Conditions, bare: Plan, kept: Plan, known: frozenset[str]) -
     return wants
 
 
-def choose(m: Manifest, wants: Iterable[Want], free: int) -> Chosen:
-    """As much of what is wanted as fits, by value."""
+def choose(m: Manifest, wants: Iterable[Want], free: int, near: tuple[int, ...] | None = None) -> Chosen:
+    """As much of what is wanted as fits, by value. near: slots of each layer that there are already."""
+    near = near or (0,) * len(m.layers)
     resident: set[str] = set()
     slots, slot_bytes = (0,) * len(m.layers), 0
     for want in sorted(wants, key=lambda w: (-w.value, w.bytes, w.role)) if free > 0 else ():
         if want.role == "slots":
-            slots, before = _slots_for(m, free + slot_bytes, want.share), slot_bytes
-            slot_bytes = sum(_slot_area(n, layer.record_bytes) for n, layer in zip(slots, m.layers, strict=True))
+            wanted, before = _share_of(m, want.share, near), slot_bytes
+            slots = _slots_for(m, free + slot_bytes, wanted)
+            slot_bytes = sum(slot_area(n, layer.record_bytes) for n, layer in zip(slots, m.layers, strict=True))
             free += before - slot_bytes
-            if slots != _share_of(m, want.share):
+            if slots != wanted:
                 break  # crumbs between slots, which a larger cap would not have: nothing may depend on them
         elif want.bytes <= free:
             resident.add(want.role)
@@ -79,12 +81,15 @@ def choose(m: Manifest, wants: Iterable[Want], free: int) -> Chosen:
     return Chosen(frozenset(resident), slots, slot_bytes)
 
 
-def slot_wants(c: Conditions, plan: Plan) -> list[Want]:
-    """Slots in steps of falling value: the concave hull of what they save, so that no step waits for a better one."""
+def slot_wants(c: Conditions, plan: Plan, *, near: bool = False) -> list[Want]:
+    """Slots in steps of falling value: the concave hull of what they save, so that no step waits for a better one.
+
+    near: of a device, taken from those the plan has; else of DRAM, beyond those that the plan's device has.
+    """
     m, total = c.manifest, sum(layer.bytes for layer in c.manifest.layers)
     most = max(layer.records for layer in m.layers)
     shares = sorted({math.ceil(most * i / SLOT_STEPS) / most for i in range(SLOT_STEPS + 1)})
-    took = {share: _slots_price(c, share, plan) for share in shares}
+    took = {share: _slots_price(c, share, plan, near) for share in shares}
 
     def slope(a: float, b: float) -> float:
         return (took[a] - took[b]) / ((b - a) * total)
@@ -97,15 +102,17 @@ def slot_wants(c: Conditions, plan: Plan) -> list[Want]:
     return [Want(slope(a, b), int(total * b), "slots", b) for a, b in pairwise(hull)]
 
 
-def _slots_price(c: Conditions, share: float, plan: Plan) -> float:
+def _slots_price(c: Conditions, share: float, plan: Plan, near: bool) -> float:
     """What the neurons of all layers take with that share of their records in slots."""
-    slots = _share_of(c.manifest, share)
+    slots = _share_of(c.manifest, share, (0,) * len(plan.slots))
     seen: dict[tuple[object, ...], float] = {}
     total = 0.0
     for i, (n, count) in enumerate(zip(c.manifest.layers, slots, strict=True)):
-        key = (n.records, n.record_bytes, count, c.firing[i])  # most models have many layers alike
+        there = count if near else plan.near[i]
+        far = max(0, (plan.slots[i] if near else count) - there)
+        key = (n.records, n.record_bytes, there, far, c.firing[i])  # most models have many layers alike
         if key not in seen:
-            seen[key] = price(c, neurons_cost(c, i, count, plan, 1))
+            seen[key] = price(c, neurons_cost(c, i, far, plan, 1, there))
         total += seen[key]
     return total
 
@@ -115,19 +122,20 @@ def dense_area(size: int) -> int:
     return round_up(size, FILE_ALIGNMENT) + FILE_ALIGNMENT
 
 
-def _slot_area(slots: int, record_bytes: int) -> int:
+def slot_area(slots: int, record_bytes: int) -> int:
+    """Bytes of so many slots of a layer."""
     return round_up(slots * record_bytes, FILE_ALIGNMENT)
 
 
-def _share_of(m: Manifest, share: float) -> tuple[int, ...]:
-    """That share of every layer's records."""
-    return tuple(min(layer.records, math.ceil(layer.records * share)) for layer in m.layers)
+def _share_of(m: Manifest, share: float, near: tuple[int, ...]) -> tuple[int, ...]:
+    """That share of every layer's records, but for those near."""
+    wanted = (min(layer.records, math.ceil(layer.records * share)) for layer in m.layers)
+    return tuple(max(0, count - there) for count, there in zip(wanted, near, strict=True))
 
 
-def _slots_for(m: Manifest, free: int, most: float) -> tuple[int, ...]:
-    """Slots per layer within `free` bytes: the same share of every layer's records, at most `most`."""
-    wanted = _share_of(m, most)
-    if sum(_slot_area(n, layer.record_bytes) for n, layer in zip(wanted, m.layers, strict=True)) <= free:
+def _slots_for(m: Manifest, free: int, wanted: tuple[int, ...]) -> tuple[int, ...]:
+    """Slots per layer within `free` bytes: the same share of every layer's records, at most what is wanted."""
+    if sum(slot_area(n, layer.record_bytes) for n, layer in zip(wanted, m.layers, strict=True)) <= free:
         return wanted
     usable = max(0, free - len(m.layers) * FILE_ALIGNMENT)
     share = usable / sum(layer.bytes for layer in m.layers)

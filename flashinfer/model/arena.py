@@ -10,7 +10,7 @@ import numpy.typing as npt
 from flashinfer.backend import Copies
 from flashinfer.config import FILE_ALIGNMENT, LOAD_CHUNK
 from flashinfer.io import AlignedBuffer
-from flashinfer.memory import DevicePlan, Plan, dense_area
+from flashinfer.memory import DevicePlan, Plan, dense_area, slot_area
 from flashinfer.store import Geometry, Manifest
 from flashinfer.store.geometry import round_up
 
@@ -18,25 +18,31 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class DeviceArena:
-    """Memory of a device: a bundle of zeros, two halves that weights pass through, the matrices that stay.
+    """Memory of a device: a bundle of zeros, the slots of every layer, two halves that weights pass through, and the
+    matrices that stay.
 
     Invariant: the size is the sum of the plan's figures.
 
     Attributes:
         memory: all of it; the bundle of zeros is at 0.
+        slots: where the slots of each layer begin.
         halves, half: where they begin, and how large each is.
         matrices: where each matrix begins.
     """
 
     def __init__(self, manifest: Manifest, plan: DevicePlan, copies: Copies) -> None:
         at = round_up(max(layer.bundle_bytes for layer in manifest.layers), FILE_ALIGNMENT)
+        self.slots: list[int] = []
+        for layer, slots in zip(manifest.layers, plan.slots, strict=True):
+            self.slots.append(at)
+            at += slot_area(slots, layer.record_bytes)
         self.half, self.halves = plan.half, (at, at + plan.half)
         at += 2 * plan.half
         self.matrices: dict[str, int] = {}
         for name in sorted(plan.resident):
             self.matrices[name] = at
             at += dense_area(manifest.tensors[name].bytes)
-        assert at == plan.weight_staging + plan.weight_resident
+        assert at == plan.weight_staging + plan.weight_resident + plan.weight_slots
         self.memory = copies.allocate(at)
 
     def close(self) -> None:
@@ -64,7 +70,7 @@ class Arena:
         self.slots: list[int] = []
         for geometry, slots in zip(geometries, plan.slots, strict=True):
             self.slots.append(at)
-            at += round_up(slots * geometry.record_bytes, FILE_ALIGNMENT)
+            at += slot_area(slots, geometry.record_bytes)
         self.staging = at
         self.guesses = at + 2 * plan.neuron_staging
         self.ring = self.guesses + 2 * plan.guess

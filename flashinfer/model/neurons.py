@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from flashinfer.backend import Backend
-from flashinfer.cache import AlwaysMiss, Change, Policy, window_cache
+from flashinfer.cache import AlwaysMiss, Change, Policy, TieredCache, window_cache
 from flashinfer.config import RunConfig
-from flashinfer.io import Reader, RecordPlan, cheapest, group_tiles, plan_range, plan_records
+from flashinfer.io import Reader, RecordPlan, cheapest, group_tiles, plan_records
 from flashinfer.ledger import Ledger
 from flashinfer.memory import Mode, Plan
 from flashinfer.model.ahead import MISSING, Guesses
-from flashinfer.model.arena import Arena, Bytes
+from flashinfer.model.arena import Arena
 from flashinfer.model.reads import Reading, Reads
+from flashinfer.model.slots import Slots
 from flashinfer.model.stream import Piece, Stream
 from flashinfer.model.weights import Group, decode_tiles, no_guess
 from flashinfer.predict import Selection
@@ -29,12 +29,10 @@ NEURON_FILE = 1
 
 @dataclass
 class _Layer:
-    """One layer's records on disk and its slots, which start at byte `base` of the arena."""
+    """One layer's records on disk, and which of them are in its slots."""
 
     geometry: Geometry
     policy: Policy
-    base: int
-    slots: int
 
 
 @dataclass
@@ -58,35 +56,33 @@ class NeuronStore:
         self,
         geometries: Sequence[Geometry],
         reader: Reader,
-        backend: Backend,
         plan: Plan,
         run: RunConfig,
         mode: Mode,
         ledger: Ledger,
         arena: Arena,
+        slots: Slots,
     ) -> None:
-        self._run, self._ledger, self._mode, self._backend = run, ledger, mode, backend
+        self._run, self._ledger, self._mode, self._slots = run, ledger, mode, slots
         self._reads, self._alignment = Reads(reader, NEURON_FILE, "neurons", ledger), reader.alignment
         self._half, self._staging, self._arena = plan.neuron_staging, arena.staging, arena.bytes
-        self._layers = [
-            _Layer(geometry, self._make_policy(geometry.records, slots), base, slots)
-            for geometry, slots, base in zip(geometries, plan.slots, arena.slots, strict=True)
-        ]
+        self._layers = [_Layer(geometry, self._make_policy(i, geometry)) for i, geometry in enumerate(geometries)]
         self._guesses = Guesses(
             geometries, reader, NEURON_FILE, run.io, arena.bytes, arena.guesses, plan.guess, ledger
         ) if plan.guess else None  # fmt: skip
         self._places = np.zeros(max(g.records for g in geometries), dtype=np.int64)
         if mode == "cached":
-            for layer in self._layers:
-                g, slots = layer.geometry, self._arena[layer.base :]
-                count = load_slots(g, layer.slots, slots, self._reads, self._alignment, run.io.max_extent)
-                layer.policy.preload(np.arange(count))
+            for i, layer in enumerate(self._layers):
+                layer.policy.preload(slots.load(i, self._reads, self._alignment, run.io.max_extent))
 
-    def _make_policy(self, records: int, slots: int) -> Policy:
+    def _make_policy(self, index: int, geometry: Geometry) -> Policy:
         if self._mode != "cached":
-            return AlwaysMiss(records)
-        cache = self._run.cache
-        return window_cache(records, slots, window=cache.window, retention=cache.retention)
+            return AlwaysMiss(geometry.records)
+        near, slots = self._slots.near[index], self._slots.total[index]
+        window, retention = self._run.cache.window, self._run.cache.retention
+        if near:
+            return TieredCache(geometry.records, near, slots - near, window=window, retention=retention)
+        return window_cache(geometry.records, slots, window=window, retention=retention)
 
     @property
     def effective_window(self) -> int:
@@ -130,7 +126,7 @@ class NeuronStore:
             yield from self._step(index, needed, recent, tiles, guess)
         except BaseException:
             # Wherever it struck, bookkeeping and bytes may disagree now: this layer starts again, empty.
-            layer.policy = self._make_policy(layer.geometry.records, layer.slots)
+            layer.policy = self._make_policy(index, layer.geometry)
             raise
 
     def window(self) -> list[list[Index]]:
@@ -148,7 +144,7 @@ class NeuronStore:
             if wanted.any():
                 neurons = np.flatnonzero(wanted[g.positions(np.arange(g.neurons)) // g.bundles_per_record])
                 for _ in self._whole_step(index, np.flatnonzero(wanted), recent, decode_tiles(neurons)):
-                    pass
+                    self._slots.wait()
 
     # -- one step
 
@@ -159,14 +155,15 @@ class NeuronStore:
         layer, account = self._layers[index], self._ledger.current
         with self._ledger.planning():
             change = layer.policy.step(needed, recent)
-            place = self._placed(layer, needed, change.misses)
+            place = self._placed(index, needed, change.misses)
             account.hits += len(needed) - len(change.misses)
             account.misses += len(change.misses)
         arrived = np.zeros(len(change.insert_records), dtype=bool)
-        self._copy(layer, change.move_to, layer.base + change.move_from * layer.geometry.record_bytes)
+        if len(change.move_to):
+            self._slots.rearrange(index, change)
         if self._guesses is not None:
             self._guesses.take(index, place)
-            self._insert(layer, change, place, arrived)
+            self._insert(index, change, place, arrived)
         with self._ledger.planning():
             missing = change.misses[place[change.misses] == MISSING]
             batches = self._batches(layer, missing, tiles, place)
@@ -182,7 +179,7 @@ class NeuronStore:
             if following is not None:
                 self._guess(index + 1, following)
             place[batch.plan.records] = self._staging + batch.half * self._half + batch.plan.places
-            self._insert(layer, change, place, arrived)
+            self._insert(index, change, place, arrived)
             with self._ledger.planning():
                 offsets = _offsets(layer.geometry, tiles[batch.first : batch.last], place)
             yield Group(batch.first, batch.last, self._arena, offsets)
@@ -196,12 +193,13 @@ class NeuronStore:
                 absent = records[layer.policy.slot_of[records] < 0]
             self._guesses.submit(index, absent)
 
-    def _placed(self, layer: _Layer, needed: Index, misses: Index) -> Index:
-        """Byte of the arena at which each needed record starts, MISSING for those that have not arrived; it is filled
-        in as they do, and says nothing of other records. There is one such table, valid for one step."""
+    def _placed(self, index: int, needed: Index, misses: Index) -> Index:
+        """Address (`model.slots`) at which each needed record starts, MISSING for those that have not arrived; it is
+        filled in as they do, and says nothing of other records. There is one such table, valid for one step."""
+        layer = self._layers[index]
         place = self._places[: layer.geometry.records]
         place.fill(0)
-        place[needed] = layer.base + layer.policy.slot_of[needed] * layer.geometry.record_bytes
+        place[needed] = self._slots.address(index, layer.policy.slot_of[needed])
         place[misses] = MISSING
         return place
 
@@ -228,21 +226,14 @@ class NeuronStore:
 
     # -- slots
 
-    def _insert(self, layer: _Layer, change: Change, place: Index, arrived: npt.NDArray[np.bool_]) -> None:
+    def _insert(self, index: int, change: Change, place: Index, arrived: npt.NDArray[np.bool_]) -> None:
         """Copy the records that stay, and have arrived since the last call, to their slots."""
         with self._ledger.planning():
             at = place[change.insert_records]
             here = np.flatnonzero((at != MISSING) & ~arrived)
             arrived[here] = True
-        self._copy(layer, change.insert_slots[here], at[here])
-
-    def _copy(self, layer: _Layer, slots: Index, sources: Index) -> None:
-        """Records at these bytes of the arena to these slots."""
-        if not len(slots):
-            return
-        size = layer.geometry.record_bytes
-        with self._ledger.copying():
-            self._backend.copy(self._arena, layer.base + slots * size, sources, size)
+        if len(here):
+            self._slots.copy(index, change.insert_slots[here], at[here])
 
 
 def _wanted(g: Geometry, tiles: Index, place: Index) -> list[Index]:
@@ -254,7 +245,7 @@ def _wanted(g: Geometry, tiles: Index, place: Index) -> list[Index]:
 
 
 def _offsets(g: Geometry, tiles: Index, place: Index) -> Index:
-    """Byte of the arena at which each neuron's bundle starts, 0 (the zeros) for padding; `place` is of the records."""
+    """Address at which each neuron's bundle starts, 0 (the zeros) for padding; `place` is of the records."""
     position = g.positions(tiles)  # of padding, anybody's
     if g.bundles_per_record == 1:
         start = place[position]
@@ -262,12 +253,3 @@ def _offsets(g: Geometry, tiles: Index, place: Index) -> Index:
         record, within = np.divmod(position, g.bundles_per_record)
         start = place[record] + within * g.bundle_bytes
     return np.where(tiles >= 0, start, 0)
-
-
-def load_slots(g: Geometry, slots: int, memory: Bytes, reads: Reads, alignment: int, max_extent: int) -> int:
-    """Fill slots with the layer's first records, straight from the device into `memory`; returns how many."""
-    count = min(slots, g.records)
-    if count:
-        plan = plan_range(g.offset, count * g.record_bytes, alignment=alignment, max_extent=max_extent)
-        reads.wait(reads.submit(plan.extents, memory[: plan.extents.total], count * g.record_bytes))
-    return count

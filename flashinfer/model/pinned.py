@@ -13,8 +13,9 @@ from flashinfer.io import Reader, RecordPlan, group_tiles
 from flashinfer.ledger import Ledger
 from flashinfer.memory import Plan
 from flashinfer.model.arena import Arena
-from flashinfer.model.neurons import NEURON_FILE, load_slots
+from flashinfer.model.neurons import NEURON_FILE
 from flashinfer.model.reads import Reads
+from flashinfer.model.slots import Slots
 from flashinfer.model.stream import Piece, Stream
 from flashinfer.model.weights import Group, no_guess, unit_tiles
 from flashinfer.predict import Selection
@@ -25,7 +26,7 @@ Index = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class _Run:
-    """Tiles first .. last. `offsets` are bytes of the arena, but those marked `streamed` are bytes of the piece;
+    """Tiles first .. last. `offsets` are addresses (`model.slots`), but those marked `streamed` are bytes of the piece;
     without a piece nothing has to be waited for."""
 
     first: int
@@ -42,12 +43,19 @@ class PinnedNeurons:
     """
 
     def __init__(
-        self, geometries: Sequence[Geometry], reader: Reader, plan: Plan, run: RunConfig, ledger: Ledger, arena: Arena
+        self,
+        geometries: Sequence[Geometry],
+        reader: Reader,
+        plan: Plan,
+        run: RunConfig,
+        ledger: Ledger,
+        arena: Arena,
+        slots: Slots,
     ) -> None:
-        self._arena, self._ledger, self._slots = arena, ledger, plan.slots
+        self._arena, self._ledger, self._slots = arena, ledger, slots
         reads = Reads(reader, NEURON_FILE, "neurons", ledger)
-        for geometry, slots, at in zip(geometries, plan.slots, arena.slots, strict=True):
-            load_slots(geometry, slots, arena.bytes[at:], reads, reader.alignment, run.io.max_extent)
+        loaded = [slots.load(i, reads, reader.alignment, run.io.max_extent) for i in range(len(geometries))]
+        self._slot_of = [np.argsort(records) for records in loaded]  # of the records that have one
         self._geometries, self._window = geometries, run.cache.window
         self._alignment, self._max_extent, self._budget = reader.alignment, run.io.max_extent, plan.piece
         self._runs = [self._plan(layer, reads) for layer in range(len(geometries))]
@@ -64,7 +72,7 @@ class PinnedNeurons:
     @property
     def effective_window(self) -> int:
         """Nothing is ever exchanged: the window is all tokens, or none."""
-        every = all(slots >= g.records for slots, g in zip(self._slots, self._geometries, strict=True))
+        every = all(slots >= g.records for slots, g in zip(self._slots.total, self._geometries, strict=True))
         return self._window if every else 0
 
     def window(self) -> list[list[Index]]:
@@ -83,8 +91,8 @@ class PinnedNeurons:
         """See `model.weights.Weights.neurons`; `tiles` are all neurons in order. Nothing is left to guess."""
         assert len(selection.needed) == self._geometries[layer].neurons
         records, account = self._geometries[layer].records, self._ledger.current
-        account.hits += self._slots[layer]
-        account.misses += records - self._slots[layer]
+        account.hits += self._slots.total[layer]
+        account.misses += records - self._slots.total[layer]
         for run in self._runs[layer]:
             offsets = run.offsets
             if run.piece is not None:
@@ -95,7 +103,7 @@ class PinnedNeurons:
             self._stream.release()
 
     def _plan(self, layer: int, reads: Reads) -> list[_Run]:
-        g, kept = self._geometries[layer], self._slots[layer]
+        g, kept = self._geometries[layer], self._slots.total[layer]
         unit = g.unit or g.neurons
         tiles = unit_tiles(np.arange(-(-g.neurons // unit)), unit, g.neurons)
         missing = [records[records >= kept] for records in (g.records_of(tile[tile >= 0]) for tile in tiles)]
@@ -116,9 +124,10 @@ class PinnedNeurons:
     def _run(
         self, layer: int, tiles: Index, first: int, last: int, plan: RecordPlan | None, piece: Piece | None
     ) -> _Run:
-        g, kept, tiles = self._geometries[layer], self._slots[layer], tiles[first:last]
+        g, kept, tiles = self._geometries[layer], self._slots.total[layer], tiles[first:last]
         record, within = np.divmod(g.positions(np.maximum(tiles, 0)), g.bundles_per_record)
-        start = self._arena.slots[layer] + record * g.record_bytes
+        start, here = np.zeros_like(record), record < kept
+        start[here] = self._slots.address(layer, self._slot_of[layer][record[here]])
         streamed = (tiles >= 0) & (record >= kept)
         if plan is not None and len(plan.records):
             start[streamed] = plan.places_of(record[streamed])

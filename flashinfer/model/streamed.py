@@ -17,6 +17,7 @@ from flashinfer.model.arena import Arena, DeviceArena
 from flashinfer.model.dense import HEAD, DenseWeights
 from flashinfer.model.neurons import NeuronStore
 from flashinfer.model.pinned import PinnedNeurons
+from flashinfer.model.slots import Slots
 from flashinfer.model.stream import Piece, Stream
 from flashinfer.model.uploads import UploadedNeurons, Uploads
 from flashinfer.model.weights import Group, no_guess
@@ -76,17 +77,18 @@ class StreamedWeights:
             manifest, reader, backend, plan, ledger, run.io.max_extent, self._arena, self._uploads
         )
         self._neurons: NeuronStore | PinnedNeurons
+        slots = Slots(geometries, plan, backend, self._arena, self._uploads, ledger)
         if needs_all(manifest, choice, mode):
-            self._neurons = PinnedNeurons(geometries, reader, plan, run, ledger, self._arena)
+            self._neurons = PinnedNeurons(geometries, reader, plan, run, ledger, self._arena, slots)
         else:
-            self._neurons = NeuronStore(geometries, reader, backend, plan, run, mode, ledger, self._arena)
+            self._neurons = NeuronStore(geometries, reader, plan, run, mode, ledger, self._arena, slots)
         pieces = in_order(self._dense.pieces(), [self._neurons.pieces(i) for i in range(len(geometries))])
         self._stream = Stream(self._arena.bytes[self._arena.ring : self._arena.end], pieces)
         self._dense.read_from(self._stream)
         self._neurons.read_from(self._stream)
         self._groups = self._neurons.groups
         if self._uploads is not None:
-            self._groups = UploadedNeurons(self._neurons, self._uploads, self._arena, self._bundles).groups
+            self._groups = UploadedNeurons(self._neurons.groups, self._uploads, self._arena, self._bundles).groups
         predictors = {role for role, t in manifest.tensors.items() if len(t.shape) == 2 and names_neurons(role, t)}
         self.looks_ahead = plan.guess > 0 and predictors <= plan.kept  # out of turn, nothing may be streamed
         self.vector = self._dense.vector

@@ -11,13 +11,11 @@ import numpy.typing as npt
 from flashinfer.backend import Bundle, Copies
 from flashinfer.ledger import Ledger
 from flashinfer.model.arena import Arena, Bytes, DeviceArena
-from flashinfer.model.neurons import NeuronStore
-from flashinfer.model.pinned import PinnedNeurons
 from flashinfer.model.weights import Group, no_guess
 from flashinfer.predict import Selection
 
 Index = npt.NDArray[np.int64]
-Neurons = NeuronStore | PinnedNeurons
+Groups = Callable[[int, Selection, Index, Callable[[], Index | None]], Iterator[Group]]
 
 
 class Uploads:
@@ -38,6 +36,21 @@ class Uploads:
         with self._ledger.copying():
             transfers = self._copies.upload(self.arena.memory, targets, source, sources, size)
         self._ledger.copied(len(targets) * size, transfers)
+
+    def fetch(self, target: Bytes, targets: Index, sources: Index, size: int) -> None:
+        """Start copying `size` bytes from each of the sources, bytes of the arena, back to the host's memory."""
+        with self._ledger.copying():
+            transfers = self._copies.download(target, targets, self.arena.memory, sources, size)
+        self._ledger.copied(len(targets) * size, transfers, back=True)
+
+    def move(self, targets: Index, sources: Index, size: int) -> None:
+        """Start copying within the arena."""
+        with self._ledger.copying():
+            self._copies.move(self.arena.memory, targets, sources, size)
+
+    def follow(self) -> None:
+        """What is copied from now on comes after all arithmetic that was asked for so far."""
+        self._copies.follow(self._copies.mark())
 
     def turn(self) -> int:
         """Where the half begins that may be written to now, until the next turn."""
@@ -76,12 +89,13 @@ class Uploads:
 
 
 class UploadedNeurons:
-    """A store of neurons whose bundles are copied to the device for each step (see `model.weights.Weights.neurons`).
+    """A store of neurons whose bundles are copied to the device for each step (see `model.weights.Weights.neurons`),
+    but for those that are there (`model.slots`).
 
     Of a group as many tiles as a half holds are computed at once, so groups here are parts of those there.
     """
 
-    def __init__(self, inner: Neurons, uploads: Uploads, arena: Arena, bundles: Sequence[Bundle]) -> None:
+    def __init__(self, inner: Groups, uploads: Uploads, arena: Arena, bundles: Sequence[Bundle]) -> None:
         self._inner, self._uploads, self._arena, self._bundles = inner, uploads, arena, bundles
 
     def groups(
@@ -89,18 +103,20 @@ class UploadedNeurons:
     ) -> Iterator[Group]:
         """See `model.weights.Weights.neurons`."""
         self._uploads.wait()  # a step that was abandoned may have left some under way
-        for group in self._inner.groups(layer, selection, tiles, guess):
+        for group in self._inner(layer, selection, tiles, guess):
             yield from self._parts(group, self._bundles[layer].bytes)
             self._uploads.wait()
 
     def _parts(self, group: Group, size: int) -> Iterator[Group]:
         """The group's tiles on the device. size: bytes of a bundle."""
-        step = self._uploads.arena.half // (group.offsets.shape[1] * size)
+        step, host = self._uploads.arena.half // (group.offsets.shape[1] * size), len(self._arena.bytes)
         for first in range(0, len(group.offsets), step):
             offsets = group.offsets[first : first + step]
-            needed, start = np.unique(offsets[offsets > 0]), self._uploads.turn()  # at 0 are zeros, here as there
+            needed = np.unique(offsets[(offsets > 0) & (offsets < host)])  # at 0 are zeros, here as there
+            start = self._uploads.turn()
             self._uploads.put(start + np.arange(len(needed)) * size, self._arena.bytes, needed, size)
             self._uploads.lead()
             places = np.where(offsets > 0, start + np.searchsorted(needed, offsets) * size, 0)
+            places = np.where(offsets < host, places, offsets - host)
             at = group.first + first
             yield Group(at, at + len(offsets), self._uploads.arena.memory, places)

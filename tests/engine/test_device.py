@@ -20,12 +20,13 @@ from flashinfer import backend as backends
 from flashinfer import pack
 from flashinfer.backend import APART, has_native, torch_backend
 from flashinfer.config import BackendName, CacheConfig, Cap, RunConfig
-from flashinfer.engine import Model
+from flashinfer.engine import Model, Session
 from flashinfer.errors import CapTooLargeError, CapTooSmallError, DeviceError, StoreError
 from flashinfer.memory import Mode
 from flashinfer.store import open_store
 from tests.backend.late_copies import LateCopies
 from tests.checkpoints import make_llama, make_opt, save
+from tests.engine.strict_reader import StrictReader
 from tests.families import SIZES
 
 PROMPT = [int(t) for t in np.random.default_rng(3).integers(3, 89, 37)]
@@ -73,6 +74,11 @@ def logits(
         return [model.logits(session, PROMPT), *(model.step(session, [token]) for token in DECODED)]
 
 
+def decode(model: Model, session: Session) -> None:
+    for token in DECODED:
+        model.step(session, [token])
+
+
 @cache
 def expected(store: Path, backend: BackendName, mode: Mode) -> list[npt.NDArray[np.float32]]:
     return logits(store, Cap(weight_memory=LARGE), RunConfig(backend=backend), "cpu", mode)
@@ -98,13 +104,18 @@ def floors(store: Path, run: RunConfig, mode: Mode) -> tuple[int, int]:
     there=st.floats(0, 1.1),
     chunk=st.integers(1, 40),
     window=st.integers(0, 6),
+    retention=st.sampled_from(["frequency", "window"]),
     ring=st.sampled_from([0, 50_000]),
     staging=st.sampled_from([0, 100_000]),
+    lookahead=st.booleans(),
 )
-def test_bit_for_bit(stores, case, backend, mode, host, there, chunk, window, ring, staging) -> None:
+def test_bit_for_bit(
+    stores, case, backend, mode, host, there, chunk, window, retention, ring, staging, lookahead
+) -> None:
     run = RunConfig(
-        backend=backend, prefill_chunk=chunk, cache=CacheConfig(window=window), ring=ring, staging=staging, threads=1
-    )
+        backend=backend, prefill_chunk=chunk, cache=CacheConfig(window=window, retention=retention), ring=ring,
+        staging=staging, threads=1, lookahead=lookahead,
+    )  # fmt: skip
     size = open_store(stores[case]).manifest.weight_bytes()
     dram, vram = (
         floor + int(share * size) for floor, share in zip(floors(stores[case], run, mode), (host, there), strict=True)
@@ -122,10 +133,10 @@ def test_every_weight_that_is_not_there_is_copied_and_counted(stores, case: str)
         m, session = model.store.manifest, model.session()
         assert model.plan.device is not None
         assert not model.plan.device.resident
+        assert not any(model.plan.device.slots)
         model.step(session, PROMPT)
         assert model.ledger.load.copied_bytes == 0
-        for token in DECODED:
-            model.step(session, [token])
+        decode(model, session)
         account = model.ledger.decode
         table = "embed.weight" if not m.facts.tied_head else ""
         matrices = sum(t.bytes for name, t in m.tensors.items() if len(t.shape) == 2 and name != table)
@@ -144,11 +155,81 @@ def test_what_is_there_is_copied_once(stores) -> None:
         assert plan.device is not None
         assert plan.device.resident == {name for name, t in m.tensors.items() if len(t.shape) == 2}
         assert not plan.resident
-        assert model.ledger.load.copied_bytes == sum(m.tensors[name].bytes for name in plan.device.resident)
+        assert plan.device.slots == tuple(layer.records for layer in m.layers)
+        matrices = sum(m.tensors[name].bytes for name in plan.device.resident)
+        assert model.ledger.load.copied_bytes == matrices + sum(layer.bytes for layer in m.layers)
+        model.step(model.session(), PROMPT)
+        assert model.ledger.prefill.copied_bytes == 0
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("case", ["dense", "sparse"])
+def test_records_change_tiers_without_a_read(stores) -> None:
+    """All are in some slot: what is needed rises to the device, what makes room for it falls to DRAM."""
+    run, store = RunConfig(threads=1), stores["sparse"]
+    vram = floors(store, run, "cached")[1]
+    while True:
+        vram += 60_000
+        with Model.open(store, Cap(weight_memory=LARGE, vram=vram), context=CONTEXT, run=run, device=APART) as model:
+            near, far, m = model.plan.near, model.plan.slots, model.store.manifest
+            if not all(near) or sum(near) < 50:
+                continue
+            assert [a + b for a, b in zip(near, far, strict=True)] == [layer.records for layer in m.layers]
+            session = model.session()
+            model.step(session, PROMPT)
+            decode(model, session)
+            account, size = model.ledger.decode, m.layers[0].record_bytes
+            assert account.bytes_read == account.misses == 0
+            assert account.copied_back_bytes > 0
+            assert account.copied_back_bytes % size == 0
+            assert model.effective_window == run.cache.window
+            return
+
+
+def test_what_the_window_had_is_brought_back(stores) -> None:
+    """A session that is restored goes on with the same bits; its records come back to slots of both tiers."""
+    run, store = RunConfig(threads=1, prefill_chunk=16), stores["records"]
+    vram = floors(store, run, "cached")[1] + 400_000
+    cap = Cap(weight_memory=floors(store, run, "cached")[0] + 250_000, vram=vram)
+    with Model.open(store, cap, context=CONTEXT, run=run, device=APART) as model:
+        assert any(model.plan.near)
+        session = model.session()
+        model.step(session, PROMPT)
+        saved, window = list(model.save(session)), model.window()
+        expected = [model.step(session, [token]) for token in DECODED]
+    with Model.open(store, cap, context=CONTEXT, run=run, device=APART) as model:
+        session = model.restore(saved, CONTEXT, window)
+        assert all(np.array_equal(model.step(session, [t]), e) for t, e in zip(DECODED, expected, strict=True))
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_a_step_that_was_interrupted_can_be_made_again(stores, at: int) -> None:
+    """Ctrl-C at a wait for reads: what was being copied is awaited, and the layer starts again, empty."""
+    readers: list[StrictReader] = []
+
+    def opened(paths: list[Path]) -> StrictReader:
+        readers.append(StrictReader([path.read_bytes() for path in paths]))
+        return readers[-1]
+
+    run, store = RunConfig(threads=1, staging=0, ring=0), stores["sparse"]
+    host, there = floors(store, run, "cached")
+    cap = Cap(weight_memory=host + 20_000, vram=there + 300_000)
+    with Model.open(store, cap, context=CONTEXT, run=run, device=APART, reader_of=opened) as model:
+        assert any(model.plan.near)
+        session = model.session()
+        whole = expected(store, run.backend, "cached")
+        readers[0].interrupt_at = at
+        with pytest.raises(KeyboardInterrupt):
+            model.logits(session, PROMPT)
+        assert np.array_equal(model.logits(session, PROMPT), whole[0])
+        readers[0].interrupt_at = at
+        with pytest.raises(KeyboardInterrupt):
+            decode(model, session)
+        done = session.length - len(PROMPT)
+        readers[0].interrupt_at = None
+        for token, logits in zip(DECODED[done:], whole[1 + done :], strict=True):
+            assert np.array_equal(model.step(session, [token]), logits)
+
+
+@pytest.mark.parametrize(("case", "share"), [("dense", 0.0), ("dense", 0.4), ("dense", 1.0), ("sparse", 0.0)])
 def test_copies_are_predicted(stores, case: str, share: float) -> None:
     """But for who fires, which one assumes."""
     run, store = RunConfig(threads=1), stores[case]
@@ -156,8 +237,7 @@ def test_copies_are_predicted(stores, case: str, share: float) -> None:
     with Model.open(store, Cap(weight_memory=LARGE, vram=vram), context=CONTEXT, run=run, device=APART) as model:
         session = model.session()
         model.step(session, PROMPT)
-        for token in DECODED:
-            model.step(session, [token])
+        decode(model, session)
         found = model.predict(run.io.disk, run.rates, prompt_tokens=8)
         account, layers = model.ledger.decode, model.store.manifest.layers
         fired = account.hits / len(DECODED) * layers[0].bundle_bytes
@@ -201,7 +281,7 @@ def test_the_device_has_no_byte_beyond_its_cap(stores, monkeypatch: pytest.Monke
     with Model.open(stores["sparse"], Cap(weight_memory=LARGE, vram=vram), context=CONTEXT, device=APART) as model:
         plan = model.plan.device
         assert plan is not None
-        assert asked == [("limit", vram), ("allocate", plan.weight_staging + plan.weight_resident)]
+        assert asked == [("limit", vram), ("allocate", plan.weight_staging + plan.weight_resident + plan.weight_slots)]
         assert plan.weight_total + plan.kv_cache + plan.activations + plan.overhead == plan.total <= vram
 
 

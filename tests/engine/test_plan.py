@@ -42,6 +42,10 @@ def check_device(plan: Plan, manifest) -> None:
     assert (plan.kv_cache, plan.weight_vectors) == (0, 0)
     assert not device.resident & plan.resident
     assert sum(manifest.tensors[r].bytes for r in device.resident) <= device.weight_resident
+    kept = list(zip(device.slots, plan.slots, manifest.layers, strict=True))
+    assert all(near >= 0 and near + far <= layer.records for near, far, layer in kept)
+    assert sum(near * layer.record_bytes for near, _, layer in kept) <= device.weight_slots
+    assert device.half >= max(layer.record_bytes for layer in manifest.layers)
     assert device.weight_staging >= 2 * device.half >= 2 * max(64 * n.bundle_bytes for n in manifest.layers)
 
 

@@ -1,0 +1,117 @@
+"""Slots of records, in the host's memory and on a device: where each is, and how records come there.
+
+An address is a byte of the arena, or from its end on a byte of the device's, so that who looks for a record's bytes
+need not ask which of the two has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from flashinfer.backend import Backend
+from flashinfer.cache import Change, exchange
+from flashinfer.io import plan_range
+from flashinfer.ledger import Ledger
+from flashinfer.memory import Plan
+from flashinfer.model.arena import Arena
+from flashinfer.model.reads import Reads
+from flashinfer.model.uploads import Uploads
+from flashinfer.store import Geometry
+
+Index = npt.NDArray[np.int64]
+
+
+class Slots:
+    """The slots of every layer. Of a layer's, the first `near` are on the device, the others in the arena.
+
+    Attributes:
+        near: how many of each layer's slots are on the device; none without one.
+        total: how many slots each layer has.
+    """
+
+    def __init__(
+        self,
+        geometries: Sequence[Geometry],
+        plan: Plan,
+        backend: Backend,
+        arena: Arena,
+        uploads: Uploads | None,
+        ledger: Ledger,
+    ) -> None:
+        self._backend, self._arena, self._uploads, self._ledger = backend, arena, uploads, ledger
+        self._sizes = [g.record_bytes for g in geometries]
+        self._geometries = geometries
+        self.near = plan.device.slots if plan.device is not None else (0,) * len(geometries)
+        self.total = tuple(a + b for a, b in zip(self.near, plan.slots, strict=True))
+
+    def address(self, layer: int, slots: Index) -> Index:
+        """Where these slots begin."""
+        size, near = self._sizes[layer], self.near[layer]
+        far = self._arena.slots[layer] + (slots - near) * size
+        if self._uploads is None or not near:
+            return far
+        there = len(self._arena.bytes) + self._uploads.arena.slots[layer] + slots * size
+        return np.where(slots < near, there, far)
+
+    def copy(self, layer: int, slots: Index, sources: Index) -> None:
+        """Copy records at these addresses, of the arena, to these slots."""
+        size, targets = self._sizes[layer], self.address(layer, slots)
+        if self._uploads is not None:
+            near = slots < self.near[layer]
+            self._uploads.put(self._there(targets[near]), self._arena.bytes, sources[near], size)
+            targets, sources = targets[~near], sources[~near]
+            if len(targets):
+                self._uploads.wait()  # what lay there may be on its way
+        if len(targets):
+            with self._ledger.copying():
+                self._backend.copy(self._arena.bytes, targets, sources, size)
+
+    def rearrange(self, layer: int, change: Change) -> None:
+        """Carry out the moves of a change, before anything else of it. Of a device's slots, all arithmetic that was
+        asked for so far comes before."""
+        if not self.near[layer] or self._uploads is None:
+            self.copy(layer, change.move_to, self.address(layer, change.move_from))
+            return
+        uploads, size = self._uploads, self._sizes[layer]
+        uploads.follow()
+        to, start = self.address(layer, change.move_to), self.address(layer, change.move_from)
+        for up, down in exchange(change, self.near[layer], uploads.arena.half // size):
+            aside = (uploads.turn() if up.stop > up.start else 0) + np.arange(up.stop - up.start) * size
+            uploads.put(aside, self._arena.bytes, start[up], size)
+            uploads.fetch(self._arena.bytes, to[down], self._there(start[down]), size)
+            uploads.move(self._there(to[up]), aside, size)
+
+    def load(self, layer: int, reads: Reads, alignment: int, max_extent: int) -> Index:
+        """Fill the slots with the layer's first records, as far as they reach; slot i has record `load(...)[i]`.
+
+        The arena's are read straight from the disk; what is on the device comes through the read buffers.
+        """
+        g, size = self._geometries[layer], self._sizes[layer]
+        near, far = self.near[layer], self.total[layer] - self.near[layer]
+        assert near + far <= g.records
+        if far:
+            plan = plan_range(g.offset, far * size, alignment=alignment, max_extent=max_extent)
+            memory = self._arena.bytes[self._arena.slots[layer] :][: plan.extents.total]
+            reads.wait(reads.submit(plan.extents, memory, far * size))
+        buffer = self._arena.bytes[self._arena.staging :]
+        step = (len(buffer) - 2 * alignment) // size
+        for first in range(far, far + near, step):
+            count = min(step, far + near - first)
+            plan = plan_range(g.offset + first * size, count * size, alignment=alignment, max_extent=max_extent)
+            reads.wait(reads.submit(plan.extents, buffer[: plan.extents.total], count * size))
+            assert self._uploads is not None
+            at = self._uploads.arena.slots[layer] + (first - far) * size
+            self._uploads.staying(at, buffer[plan.place : plan.place + count * size])
+        return np.concatenate((np.arange(far, far + near), np.arange(far)))
+
+    def wait(self) -> None:
+        """Block until the arena's bytes may be written to again."""
+        if self._uploads is not None:
+            self._uploads.wait()
+
+    def _there(self, addresses: Index) -> Index:
+        """Bytes of the device's arena."""
+        return addresses - len(self._arena.bytes)
