@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -17,17 +16,24 @@ OVERHEAD = 768 * MIB
 was not measured."""
 
 
-@contextmanager
-def device_errors(device: torch.device) -> Iterator[None]:
-    """What fails for want of the device's memory is a DeviceError, which says how much of it is free."""
-    try:
-        yield
-    except torch.OutOfMemoryError as e:
-        free, total = torch.cuda.mem_get_info(device)
-        raise DeviceError(
-            f"{device} ran out of memory, {format_size(free)} of its {format_size(total)} are free; lower --vram or "
-            "--context, or end what else uses the card"
-        ) from e
+class DeviceErrors:
+    """What fails in its block for want of the device's memory is a DeviceError, which says how much of it is free."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, torch.OutOfMemoryError):
+            free, total = torch.cuda.mem_get_info(self._device)
+            raise DeviceError(
+                f"{self._device} ran out of memory, {format_size(free)} of its {format_size(total)} are free; lower "
+                "--vram or --context, or end what else uses the card"
+            ) from error
 
 
 class CudaCopies:
@@ -35,11 +41,13 @@ class CudaCopies:
 
     def __init__(self, device: torch.device) -> None:
         self.overhead = OVERHEAD
-        self._device = device
+        # some calls want to be told which of several devices it is
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self._device = torch.device("cuda", index)
         self._pinned: list[Bytes] = []
-        with device_errors(device):
+        with DeviceErrors(device):
             # the context is made here, if nobody has one yet
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     def available(self) -> int:
         """See `Copies.available`: what nobody has now, and the overhead, most of which is taken already."""
@@ -53,7 +61,7 @@ class CudaCopies:
 
     def allocate(self, size: int) -> Tensor:
         """See `Copies.allocate`."""
-        with device_errors(self._device):
+        with DeviceErrors(self._device):
             memory = torch.zeros(size, dtype=torch.uint8, device=self._device)
         self.follow(self.mark())  # the zeros are written before anything is copied there
         memory.record_stream(self._stream)
@@ -111,5 +119,6 @@ class CudaCopies:
     def close(self) -> None:
         """See `Copies.close`."""
         self.wait()
+        torch.cuda.set_per_process_memory_fraction(1.0, self._device)
         while self._pinned:
             torch.cuda.cudart().cudaHostUnregister(self._pinned.pop().ctypes.data)  # type: ignore[no-untyped-call]

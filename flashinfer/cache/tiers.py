@@ -4,7 +4,7 @@ A record is in one place: a near slot, a far slot, or none. It rises only when i
 has the better claim to its slot; what falls is written to a far slot, not read again.
 
 Everything is decided by comparing one number per record (`claims`), so the same operations on arrays of any device
-decide the same: sums, comparisons, and the largest k of distinct numbers. Work is in proportion to a layer's records.
+decide the same: sums, comparisons, and the largest k of distinct numbers. Work is in proportion to a layer's slots.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from flashinfer.cache.heat import PILES_PER_HALVING, Heat
+from flashinfer.cache.heat import Heat
 from flashinfer.cache.policy import Change
 from flashinfer.cache.slotmap import EMPTY, Index
 from flashinfer.cache.window import check_preload, check_sizes
@@ -26,30 +26,30 @@ MOST_RECORDS, MOST_PILES = 1 << 22, 1 << 26
 Mask = npt.NDArray[np.bool_]
 
 
-def claims(slot_of: Index, near: int, age: Index, pile: Index) -> Index:
-    """A number for each record; of two records the one with the larger has the better claim to a place.
+def claims(records: Index, tier: Index, age: Index, pile: Index) -> Index:
+    """A number for each of some records; of two, the one with the larger has the better claim to a place.
 
-    Compared are in this order: age, pile, whether it is in a near slot, then a far one; of equals the first record.
+    Compared are in this order: age, pile, tier; of equals the first record of the layer.
 
     Args:
-        slot_of: slot of each record, below `near` a near one, -1 none.
-        near: how many slots are near.
-        age: 0 and up, the larger the newer is its last use.
+        records: their numbers.
+        tier: 2 of who is near, 1 far, 0 elsewhere.
+        age: 0 and up, the larger the newer is the last use.
         pile: of `Heat.pile`, the larger the more it is used; -1 and below of who never was.
     """
-    tier = (slot_of >= 0).astype(np.int64) + ((slot_of >= 0) & (slot_of < near))
-    warm = np.clip(pile + 1, 0, MOST_PILES - 1)
-    first = MOST_RECORDS - 1 - np.arange(len(slot_of))
-    found: Index = ((age * MOST_PILES + warm) * 4 + tier) * MOST_RECORDS + first
+    warm = np.minimum(np.maximum(pile + 1, 0), MOST_PILES - 1)
+    found: Index = ((age * MOST_PILES + warm) * 4 + tier) * MOST_RECORDS + (MOST_RECORDS - 1 - records)
     return found
 
 
-def best(claim: Index, among: Mask, count: int) -> Index:
-    """The records with the `count` best claims among some; sorted."""
-    some = np.flatnonzero(among)
-    if len(some) <= count:
-        return some
-    return np.sort(some[np.argpartition(-claim[some], count - 1)[:count]]) if count else EMPTY
+def best(claim: Index, count: int) -> Mask:
+    """Which of these distinct claims are among the `count` best."""
+    if len(claim) <= count:
+        return np.ones(len(claim), dtype=bool)
+    chosen = np.zeros(len(claim), dtype=bool)
+    if count:
+        chosen[np.argpartition(claim, -count)[-count:]] = True
+    return chosen
 
 
 class TieredCache:
@@ -73,6 +73,8 @@ class TieredCache:
             raise ValueError(f"no two tiers for {records} records, {MOST_RECORDS} are the most")
         self.near, self.slots = near, near + far
         self.slot_of: Index = np.full(records, -1, dtype=np.int64)
+        self._record_in: Index = np.full(near + far, -1, dtype=np.int64)
+        self._wanted: Mask = np.zeros(records, dtype=bool)  # during a step, who is needed
         self._heat, self._window, self._keeps = Heat(records), window, retention == "frequency"
         self._tokens: deque[tuple[int, Index]] = deque()
         self._fresh: Mask = np.zeros(records, dtype=bool)  # preloaded, and not used since
@@ -81,7 +83,7 @@ class TieredCache:
     @property
     def used(self) -> int:
         """Places occupied, anywhere."""
-        return int(np.count_nonzero(self.slot_of >= 0))
+        return int(np.count_nonzero(self._record_in >= 0))
 
     @property
     def window(self) -> list[Index]:
@@ -108,24 +110,23 @@ class TieredCache:
         self._clock += 1
         self._fresh[records] = True
         self._heat.use(records, self._clock)
-        slots = self._free(0, self.slots)[: len(records)]
-        self.slot_of[records] = slots
+        slots = np.flatnonzero(self._record_in < 0)[: len(records)]
+        self._place(records, slots)
         return slots
 
     def step(self, needed: Index, recent: Sequence[Index] = ()) -> Change:
-        """As `Policy.step`; moves happen as if all at once."""
+        """As `Policy.step`; moves happen in the order of `exchange`."""
         self._use(needed, recent)
-        old, wanted = self.slot_of.copy(), np.zeros(len(self.slot_of), dtype=bool)
-        wanted[needed], self._fresh[needed] = True, False
-        pile = (np.maximum(self._heat.score, np.float32(-1)) * PILES_PER_HALVING).astype(np.int64)
-        claim = claims(old, self.near, self._age(wanted), pile)
-        here = (old >= 0) & (old < self.near)
-        may = self._may_stay(wanted)
-        near = best(claim, may & (here | wanted), self.near)
-        may &= (old >= 0) | wanted
-        may[near] = False
-        far = best(claim, may, self.slots - self.near)
-        return self._arrange(old, needed, near, far)
+        self._wanted[needed], self._fresh[needed] = True, False
+        at = self.slot_of[needed]
+        near, far = (held[held >= 0] for held in (self._record_in[: self.near], self._record_in[self.near :]))
+        pool = self._staying(np.concatenate((near, needed[(at < 0) | (at >= self.near)])))
+        up = best(self._claims(pool), self.near) if len(pool) > self.near else np.ones(len(pool), dtype=bool)
+        others = self._staying(np.concatenate((pool[~up], far[~self._wanted[far]])))
+        if len(others) > self.slots - self.near:
+            others = others[best(self._claims(others), self.slots - self.near)]
+        self._wanted[needed] = False
+        return self._arrange(needed[at < 0], np.concatenate((near, far)), pool[up], others)
 
     # -- who is used
 
@@ -140,46 +141,50 @@ class TieredCache:
         while len(self._tokens) > self._window:
             self._tokens.popleft()
 
-    def _age(self, wanted: Mask) -> Index:
-        """The window's tokens from 1 on, the newest the largest; beyond them who is needed now and has a slot."""
-        first = self._tokens[0][0] if self._tokens else self._clock + 1
-        age: Index = np.maximum(0, self._heat.stamp - first + 1)
-        resident = wanted & (self.slot_of >= 0)
-        age[resident] = self._clock - first + 2
-        age[resident & (self.slot_of < self.near)] += 1
-        return age
+    @property
+    def _first(self) -> int:
+        """The stamp from which on a use is in the window."""
+        return self._tokens[0][0] if self._tokens else self._clock + 1
 
-    def _may_stay(self, wanted: Mask) -> Mask:
-        """All, or those in the window, needed now, or never used since they were preloaded."""
+    def _claims(self, records: Index) -> Index:
+        """Of these. Of age are the window's tokens from 1 on, the newest the largest; beyond them who is needed now and
+        has a slot."""
+        slots, stamps = self.slot_of[records], self._heat.stamp[records]
+        tier = (slots >= 0).astype(np.int64) + ((slots >= 0) & (slots < self.near))
+        age = np.maximum(0, stamps - self._first + 1)
+        resident = self._wanted[records] & (tier > 0)
+        age[resident] = self._clock - self._first + 1 + tier[resident]
+        return claims(records, tier, age, self._heat.pile(records))
+
+    def _staying(self, records: Index) -> Index:
+        """Of these all, or those in the window, needed now, or preloaded and not used since."""
         if self._keeps:
-            return np.ones(len(wanted), dtype=bool)
-        first = self._tokens[0][0] if self._tokens else self._clock + 1
-        return wanted | (self._heat.stamp >= first) | self._fresh
+            return records
+        return records[self._wanted[records] | (self._heat.stamp[records] >= self._first) | self._fresh[records]]
 
     # -- who goes where
 
-    def _arrange(self, old: Index, needed: Index, near: Index, far: Index) -> Change:
-        """Carry out that these records are near and those far."""
-        rises, falls = near[old[near] >= self.near], far[(old[far] >= 0) & (old[far] < self.near)]
-        up, down = near[old[near] < 0], far[old[far] < 0]
-        self.slot_of[:] = -1
-        for kept, low, high in ((near, 0, self.near), (far, self.near, self.slots)):
-            there = kept[(old[kept] >= low) & (old[kept] < high)]
-            self.slot_of[there] = old[there]
-        self.slot_of[rises] = old[rises]  # their slots come last
-        self.slot_of[falls] = old[falls]
-        near_free, far_free = self._free(0, self.near), self._free(self.near, self.slots)
-        near_free, far_free = np.concatenate((near_free, old[falls])), np.concatenate((far_free, old[rises]))
-        for records, free in ((np.concatenate((rises, up)), near_free), (np.concatenate((falls, down)), far_free)):
-            self.slot_of[records] = free[: len(records)]
-        inserts, moved = np.concatenate((up, down)), np.concatenate((rises, falls))
-        return Change(needed[old[needed] < 0], inserts, self.slot_of[inserts], old[moved], self.slot_of[moved])
+    def _arrange(self, misses: Index, before: Index, near: Index, far: Index) -> Change:
+        """Carry out that these records are near and those far, and no others; `before` had slots until now."""
+        near_at, far_at = self.slot_of[near], self.slot_of[far]
+        rises, up = np.sort(near[near_at >= self.near]), np.sort(near[near_at < 0])
+        falls, down = np.sort(far[(far_at >= 0) & (far_at < self.near)]), np.sort(far[far_at < 0])
+        moved, inserts = np.concatenate((rises, falls)), np.concatenate((up, down))
+        old, at = self.slot_of[moved], self.slot_of[before]
+        self.slot_of[before] = -1
+        self.slot_of[near], self.slot_of[far] = near_at, far_at
+        self._record_in[at[self.slot_of[before] < 0]] = -1
+        free, left = np.flatnonzero(self._record_in < 0), len(rises)
+        of_near = np.concatenate((free[free < self.near], old[left:]))
+        of_far = np.concatenate((free[free >= self.near], old[:left]))
+        self._record_in[old] = -1
+        self._place(np.concatenate((rises, up)), of_near[: left + len(up)])
+        self._place(np.concatenate((falls, down)), of_far[: len(falls) + len(down)])
+        return Change(misses, inserts, self.slot_of[inserts], old, self.slot_of[moved])
 
-    def _free(self, low: int, high: int) -> Index:
-        """Slots of a tier that hold nothing, sorted."""
-        taken = np.zeros(high - low, dtype=bool)
-        taken[self.slot_of[(self.slot_of >= low) & (self.slot_of < high)] - low] = True
-        return np.flatnonzero(~taken) + low
+    def _place(self, records: Index, slots: Index) -> None:
+        self.slot_of[records] = slots
+        self._record_in[slots] = records
 
 
 def exchange(change: Change, near: int, room: int) -> Iterator[tuple[slice, slice]]:

@@ -176,22 +176,18 @@ def test_the_window_only_keeps_what_the_window_used() -> None:
     assert np.flatnonzero(cache.slot_of >= 0).tolist() == [2, 3]
 
 
-@given(
-    st.lists(st.tuples(st.integers(-1, 11), st.integers(0, 5), st.integers(-2, 9)), min_size=1, max_size=30),
-    st.integers(0, 12),
-    st.data(),
-)
-def test_claims_compare_age_then_use_then_tier(facts: list[tuple[int, int, int]], near: int, data: Any) -> None:
+@given(st.lists(st.tuples(*(st.integers(0, 5),) * 3), min_size=1, max_size=30), st.data())
+def test_claims_compare_age_then_use_then_tier(facts: list[tuple[int, int, int]], data: Any) -> None:
     """Against sorting tuples; the best are the first of them."""
-    slot_of, age, pile = (array(*(fact[i] for fact in facts)) for i in range(3))
-    claim = claims(slot_of, near, age, pile)
-    assert len(set(claim.tolist())) == len(claim)
-    tier = [0 if slot < 0 else 2 if slot < near else 1 for slot in slot_of.tolist()]
-    order = sorted(range(len(facts)), key=lambda r: (-age[r], -max(-1, int(pile[r])), -tier[r], r))
+    age, pile, tier = (array(*(fact[i] for fact in facts)) for i in range(3))
+    pile, tier = pile - 2, tier // 2
+    records = array(*data.draw(st.permutations(range(len(facts)))))
+    claim = claims(records, tier, age, pile)
+    order = sorted(range(len(facts)), key=lambda i: (-age[i], -max(-1, int(pile[i])), -tier[i], records[i]))
     assert np.argsort(-claim).tolist() == order
-    among = np.array(data.draw(st.lists(st.booleans(), min_size=len(facts), max_size=len(facts))))
+    assert len(set(claim.tolist())) == len(claim)
     count = data.draw(st.integers(0, len(facts) + 1))
-    assert best(claim, among, count).tolist() == sorted([r for r in order if among[r]][:count])
+    assert np.flatnonzero(best(claim, count)).tolist() == sorted(order[:count])
 
 
 @pytest.mark.parametrize(("near", "far"), [(-1, 3), (3, -1)])
