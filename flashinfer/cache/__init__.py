@@ -6,7 +6,22 @@ from flashinfer.cache.tiers import TieredCache, exchange
 from flashinfer.cache.window import WindowCache
 from flashinfer.config import Retention
 
-__all__ = ["AlwaysMiss", "Change", "Policy", "TieredCache", "WindowCache", "exchange", "window_cache"]
+__all__ = [
+    "AlwaysMiss", "Change", "Policy", "TieredCache", "WindowCache", "exchange", "tiered_cache", "window_cache",
+]  # fmt: skip
+
+
+def tiered_cache(records: int, near: int, far: int, *, window: int, retention: Retention = "frequency") -> Policy:
+    """The cache of two tiers in C++ where the native core is built, else in numpy: same decisions.
+
+    Raises:
+        ValueError: as `TieredCache`.
+    """
+    try:
+        from flashinfer.cache.native_tiers import NativeTieredCache
+    except ImportError:  # no compiler at installation
+        return TieredCache(records, near, far, window=window, retention=retention)
+    return NativeTieredCache(records, near, far, window=window, retention=retention)
 
 
 def window_cache(records: int, slots: int, *, window: int, retention: Retention = "frequency") -> Policy:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from flashinfer.cache.heat import Heat
 from flashinfer.cache.policy import Change
-from flashinfer.cache.slotmap import EMPTY, Index
+from flashinfer.cache.slotmap import Index
 from flashinfer.cache.window import check_preload, check_sizes
 from flashinfer.config import Retention
 
@@ -52,8 +52,20 @@ def best(claim: Index, count: int) -> Mask:
     return chosen
 
 
+def check_tiers(records: int, near: int, far: int, window: int, retention: Retention) -> None:
+    """What a cache of two tiers may be made of.
+
+    Raises:
+        ValueError: a negative size, an unknown retention, or more records than can be told apart.
+    """
+    check_sizes(records, min(near, far), window, retention)
+    if records > MOST_RECORDS:
+        raise ValueError(f"no two tiers for {records} records, {MOST_RECORDS} are the most")
+
+
 class TieredCache:
-    """A `Policy` (see `cache.policy`) whose slots 0..near-1 are near, the others far; either may have holes.
+    """A `Policy`, and the twin of the one in C++ (see `cache.policy`). Slots 0..near-1 are near, the others far; either
+    may have holes.
 
     What is needed now and has a slot stays where it is, or rises. Then come the window's records, newest first, then
     the most used (`cache.heat`). Its moves are rises, then falls: each fall is to a slot that was free before, or to
@@ -68,9 +80,7 @@ class TieredCache:
     """
 
     def __init__(self, records: int, near: int, far: int, *, window: int, retention: Retention = "frequency") -> None:
-        check_sizes(records, min(near, far), window, retention)
-        if records > MOST_RECORDS:
-            raise ValueError(f"no two tiers for {records} records, {MOST_RECORDS} are the most")
+        check_tiers(records, near, far, window, retention)
         self.near, self.slots = near, near + far
         self.slot_of: Index = np.full(records, -1, dtype=np.int64)
         self._record_in: Index = np.full(near + far, -1, dtype=np.int64)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from flashinfer.cache import AlwaysMiss, Change, Policy, TieredCache, window_cache
+from flashinfer.cache import AlwaysMiss, Change, Policy, tiered_cache, window_cache
 from flashinfer.config import RunConfig
 from flashinfer.io import Reader, RecordPlan, cheapest, group_tiles, plan_records
 from flashinfer.ledger import Ledger
@@ -81,7 +81,7 @@ class NeuronStore:
         near, slots = self._slots.near[index], self._slots.total[index]
         window, retention = self._run.cache.window, self._run.cache.retention
         if near:
-            return TieredCache(geometry.records, near, slots - near, window=window, retention=retention)
+            return tiered_cache(geometry.records, near, slots - near, window=window, retention=retention)
         return window_cache(geometry.records, slots, window=window, retention=retention)
 
     @property

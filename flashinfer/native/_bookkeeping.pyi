@@ -50,3 +50,38 @@ class Window:
 
     def effective(self) -> int:
         """How many of the last tokens are wholly resident."""
+
+class Tiers:
+    """What `cache.tiers.TieredCache` decides. Arguments, methods and errors as those of `Window`; `near` and `far` are
+    slots of either kind."""
+
+    def __init__(
+        self,
+        slot_of: Index,
+        near: int,
+        far: int,
+        window: int,
+        keeps: bool,
+        half_life: float,
+        piles_per_halving: float,
+        steps: float,
+        added: Sequence[float],
+    ) -> None: ...
+    @property
+    def used(self) -> int:
+        """See `Window.used`."""
+
+    def free(self) -> int:
+        """See `Window.free`."""
+
+    def step(self, needed: Index, recent: Sequence[Index]) -> tuple[Index, Index, Index, Index, Index]:
+        """See `Window.step`."""
+
+    def preload(self, records: Index) -> Index:
+        """See `Window.preload`."""
+
+    def active(self) -> list[Index]:
+        """See `Window.active`."""
+
+    def effective(self) -> int:
+        """See `Window.effective`."""

@@ -1,6 +1,6 @@
 // Python's door to the bookkeeping. It keeps the GIL: a call takes microseconds.
 #include "bookkeeping_plan.hpp"
-#include "bookkeeping_window.hpp"
+#include "bookkeeping_tiers.hpp"
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -34,46 +34,72 @@ nb::tuple plan(const Column &records, Number record_bytes, Number offset, Number
                         result(std::move(reads.lengths)), result(std::move(reads.targets)));
 }
 
-// The policy and the table of slots, which Python sees too.
-struct Cache {
+// A policy and the table of slots, which Python sees too.
+template <class Policy> struct Cache {
   Table slot_of;
-  Window window;
+  Policy policy;
 };
 
-void make(Cache *place, Table slot_of, Number slots, Number window, bool keeps, double half_life,
-          float piles_per_halving, float steps, std::vector<float> added) {
-  if (slots < 0 || window < 0 || added.empty())
+Scale scale_of(double half_life, float piles_per_halving, float steps, std::vector<float> &&added) {
+  if (added.empty())
     throw nb::value_error("no such cache");
-  Scale scale{half_life, piles_per_halving, steps, std::move(added)};
-  const auto records = static_cast<Number>(slot_of.size());
-  new (place) Cache{slot_of, Window(records, slots, window, keeps, std::move(scale), slot_of.data())};
+  return {half_life, piles_per_halving, steps, std::move(added)};
 }
 
-View checked(const Cache &cache, const Column &records) {
+void make_window(Cache<Window> *place, Table slot_of, Number slots, Number window, bool keeps, double half_life,
+                 float piles_per_halving, float steps, std::vector<float> added) {
+  if (slots < 0 || window < 0)
+    throw nb::value_error("no such cache");
+  Scale scale = scale_of(half_life, piles_per_halving, steps, std::move(added));
+  const auto records = static_cast<Number>(slot_of.size());
+  new (place) Cache<Window>{slot_of, Window(records, slots, window, keeps, std::move(scale), slot_of.data())};
+}
+
+void make_tiers(Cache<Tiers> *place, Table slot_of, Number near, Number far, Number window, bool keeps,
+                double half_life, float piles_per_halving, float steps, std::vector<float> added) {
+  if (near < 0 || far < 0 || window < 0)
+    throw nb::value_error("no such cache");
+  Scale scale = scale_of(half_life, piles_per_halving, steps, std::move(added));
+  const auto records = static_cast<Number>(slot_of.size());
+  new (place) Cache<Tiers>{slot_of, Tiers(records, near, far, window, keeps, std::move(scale), slot_of.data())};
+}
+
+template <class Policy> View checked(const Cache<Policy> &cache, const Column &records) {
   const View all{records.data(), records.size()};
   for (const Number record : all)
-    if (record < 0 || record >= cache.window.records())
+    if (record < 0 || record >= cache.policy.records())
       throw nb::index_error("no such record");
   return all;
 }
 
-nb::tuple step(Cache &cache, const Column &needed, const std::vector<Column> &recent) {
+template <class Policy>
+nb::tuple step(Cache<Policy> &cache, const Column &needed, const std::vector<Column> &recent) {
   std::vector<View> sets;
   for (const Column &active : recent)
     sets.push_back(checked(cache, active));
-  Change change = cache.window.step(checked(cache, needed), sets);
+  Change change = cache.policy.step(checked(cache, needed), sets);
   return nb::make_tuple(result(std::move(change.misses)), result(std::move(change.insert_records)),
                         result(std::move(change.placed.insert_slots)), result(std::move(change.placed.move_from)),
                         result(std::move(change.placed.move_to)));
 }
 
-Result preload(Cache &cache, const Column &records) { return result(cache.window.preload(checked(cache, records))); }
+template <class Policy> Result preload(Cache<Policy> &cache, const Column &records) {
+  return result(cache.policy.preload(checked(cache, records)));
+}
 
-nb::list active(const Cache &cache) {
+template <class Policy> nb::list active(const Cache<Policy> &cache) {
   nb::list all;
-  for (Numbers &records : cache.window.active())
+  for (Numbers &records : cache.policy.active())
     all.append(result(std::move(records)));
   return all;
+}
+
+// What all policies have.
+template <class Policy> void shared(nb::class_<Cache<Policy>> &type) {
+  type.def("step", &step<Policy>, "needed"_a, "recent"_a)
+      .def("preload", &preload<Policy>, "records"_a)
+      .def("active", &active<Policy>)
+      .def("effective", [](const Cache<Policy> &cache) { return cache.policy.effective(); });
 }
 
 } // namespace
@@ -82,13 +108,18 @@ nb::list active(const Cache &cache) {
 NB_MODULE(_bookkeeping, m) {
   using namespace flashinfer;
   m.def("plan", &plan, "records"_a, "record_bytes"_a, "offset"_a, "alignment"_a, "max_gap"_a, "max_extent"_a);
-  nb::class_<Cache>(m, "Window")
-      .def("__init__", &make, "slot_of"_a.noconvert(), "slots"_a, "window"_a, "keeps"_a, "half_life"_a,
+  nb::class_<Cache<Window>> window(m, "Window");
+  window
+      .def("__init__", &make_window, "slot_of"_a.noconvert(), "slots"_a, "window"_a, "keeps"_a, "half_life"_a,
            "piles_per_halving"_a, "steps"_a, "added"_a)
-      .def_prop_ro("used", [](const Cache &cache) { return cache.window.map().used(); })
-      .def("free", [](const Cache &cache) { return cache.window.map().free(); })
-      .def("step", &step, "needed"_a, "recent"_a)
-      .def("preload", &preload, "records"_a)
-      .def("active", &active)
-      .def("effective", [](const Cache &cache) { return cache.window.effective(); });
+      .def_prop_ro("used", [](const Cache<Window> &cache) { return cache.policy.map().used(); })
+      .def("free", [](const Cache<Window> &cache) { return cache.policy.map().free(); });
+  shared(window);
+  nb::class_<Cache<Tiers>> tiers(m, "Tiers");
+  tiers
+      .def("__init__", &make_tiers, "slot_of"_a.noconvert(), "near"_a, "far"_a, "window"_a, "keeps"_a, "half_life"_a,
+           "piles_per_halving"_a, "steps"_a, "added"_a)
+      .def_prop_ro("used", [](const Cache<Tiers> &cache) { return cache.policy.used(); })
+      .def("free", [](const Cache<Tiers> &cache) { return cache.policy.free(); });
+  shared(tiers);
 }
