@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from flashinfer.choice import Choice
 from flashinfer.config import TILE_NEURONS, TILE_ROWS, TILE_TOKENS, DiskCurve, Rates, RunConfig
 from flashinfer.firing import Firing, mean_firing
+from flashinfer.planned import neuron_reads, run_at_the_end, widening
 from flashinfer.store import Manifest, NeuronLayer
 
 if TYPE_CHECKING:
@@ -240,7 +241,7 @@ def matrix_cost(c: Conditions, name: str, plan: Plan, tokens: int) -> Cost:
     whole, rest = divmod(t.shape[0], rows)
     extent, blocks = c.run.io.max_extent, whole + (rest > 0)
     reads = whole * math.ceil(rows * width / extent) + math.ceil(rest * width / extent)
-    read = t.bytes + blocks * _widening(rows * width, c.alignment)
+    read = t.bytes + blocks * widening(rows * width, c.alignment)
     ahead = c.disk.seconds(reads, read, _depth(c, plan))
     return product + Cost(read, reads, ahead=ahead, compute=blocks * BLOCK_SECONDS)
 
@@ -257,7 +258,7 @@ def lookup_cost(c: Conditions, name: str, plan: Plan, tokens: int) -> Cost:
     if t is None or name in plan.kept:
         return Cost()
     width = t.bytes // t.shape[0]
-    read = tokens * (width + _widening(width, c.alignment))
+    read = tokens * (width + widening(width, c.alignment))
     disk = c.disk.seconds(tokens, read, min(tokens, TILE_TOKENS, c.run.io.in_flight))
     return Cost(read, tokens, waited=disk)
 
@@ -271,7 +272,7 @@ def neurons_cost(c: Conditions, layer: int, slots: int, plan: Plan, tokens: int,
         return up + _selected_cost(c, n, c.firing[layer], kept, plan.neuron_staging, tokens)
     rate = c.rates.bundle if tokens == 1 else c.rates.bundle_prompt / math.ceil(tokens / TILE_TOKENS)
     size = n.neurons * n.bundle_bytes
-    read, reads = _run_at_the_end(c, n, 1.0 - kept, plan.piece)
+    read, reads = run_at_the_end(c, n, 1.0 - kept, plan.piece)
     ahead = c.disk.seconds(reads, read, _depth(c, plan))
     pieces = read / (plan.piece or n.bytes)
     return up + Cost(read, reads, size, ahead, 0.0, size / rate + pieces * BLOCK_SECONDS)
@@ -294,7 +295,7 @@ def _selected_cost(c: Conditions, n: NeuronLayer, firing: Firing, kept: float, h
     active, touched = firing.needed(tokens), firing.touched(tokens, n.bundles_per_record)
     missing = firing.missing(tokens, n.bundles_per_record, kept)
     tiles = n.neurons * (active if tokens == 1 or n.experts is not None else 1.0) / TILE_NEURONS
-    read, reads = _neuron_reads(c, n, missing, max(1.0, tiles), half)
+    read, reads = neuron_reads(c, n, missing, max(1.0, tiles), half)
     disk = c.disk.seconds(reads, read, min(c.run.io.in_flight, reads, max(1.0, 2 * half / n.record_bytes)))
     batches = max(1.0, disk / c.disk.seconds(half / n.record_bytes, half, c.run.io.in_flight))
     passes = math.ceil(_sharing(n, firing, tokens) / TILE_TOKENS)
@@ -308,49 +309,3 @@ def _selected_cost(c: Conditions, n: NeuronLayer, firing: Firing, kept: float, h
 def _sharing(n: NeuronLayer, firing: Firing, tokens: int) -> float:
     """Tokens of a prompt that a needed neuron is computed for: of an expert, those that get it."""
     return tokens if n.experts is None else tokens * firing.density / firing.needed(tokens)
-
-
-def _run_at_the_end(c: Conditions, n: NeuronLayer, missing: float, piece: int) -> tuple[float, float]:
-    """Bytes and reads of that share of a layer's records, in pieces of one run."""
-    if missing <= 0.0:
-        return 0.0, 0.0
-    read = missing * n.records * n.record_bytes
-    pieces = max(1.0, read / (piece or n.bytes))
-    again = n.record_bytes if TILE_NEURONS % n.bundles_per_record else 0  # a record two pieces share
-    read += (pieces - 1) * again + pieces * _widening(n.record_bytes, c.alignment)
-    return read, max(pieces, read / c.run.io.max_extent)
-
-
-def _neuron_reads(c: Conditions, n: NeuronLayer, missing: float, tiles: float, half: int) -> tuple[float, float]:
-    """Bytes and reads of the records missing, a share of the layer, anywhere in it."""
-    if missing <= 0.0:
-        return 0.0, 0.0
-    read, reads = _runs(c, n, missing, c.run.io.max_gap)
-    if read > tiles * half:  # where not even a tile fits with its holes, tiles are read one by one without them
-        read, reads = _runs(c, n, missing, 0)
-    whole = max(1.0, n.bytes / c.run.io.max_extent)
-    if c.run.io.objective == "time" and n.bytes <= tiles * half:
-        seconds = [c.disk.seconds(r, size, min(c.run.io.in_flight, r)) for size, r in ((read, reads), (n.bytes, whole))]
-        if seconds[1] < seconds[0]:
-            return n.bytes, whole
-    return read, reads
-
-
-def _runs(c: Conditions, n: NeuronLayer, missing: float, max_gap: int) -> tuple[float, float]:
-    """Bytes and reads when each record is missing independently and holes up to `max_gap` are read through.
-
-    A hole of g records comes with probability missing * (1 - missing) ** g.
-    """
-    size, misses = n.record_bytes, missing * n.records
-    extra = _widening(size, c.alignment)
-    holes, there = (max_gap + extra) // size, 1.0 - missing
-    wide = there ** (holes + 1)
-    bridged = there * (1.0 - (holes + 1) * there**holes + holes * wide) / missing
-    reads = min(misses, 1.0 + max(0.0, misses - 1.0) * wide)
-    read = misses * size + max(0.0, misses - 1.0) * bridged * size + reads * extra
-    return min(read, n.bytes), max(reads, read / c.run.io.max_extent)
-
-
-def _widening(size: int, alignment: int) -> int:
-    """What a read of a multiple of `size` bytes at a multiple of it grows by, on average."""
-    return alignment - math.gcd(size, alignment)
