@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 
 from flashinfer import machine
 from flashinfer.backend.base import Backend, Buffer, Bundle, Part, Scoring
@@ -15,6 +16,7 @@ __all__ = [
     "APART", "Backend", "Buffer", "Bundle", "Copies", "Footprint", "Part", "Scoring", "has_native", "open_backend",
 ]  # fmt: skip
 
+log = logging.getLogger(__name__)
 APART = "apart"
 """A device to test with: the CPU, which computes on what was copied to a memory of its own, as a card has one."""
 
@@ -24,10 +26,16 @@ def has_native() -> bool:
     return importlib.util.find_spec("flashinfer.native._kernels") is not None
 
 
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def open_backend(device: str, threads: int, choice: BackendName = "auto") -> Backend:
     """The backend for `cpu`, `cuda`, `cuda:N` or `APART`.
 
-    On the CPU `auto` is the native one where it was built, else torch. Other devices are torch's, and need one thread.
+    On the CPU `auto` is the native one where it was built, else torch. Other devices are torch's, need one thread,
+    and have the feed-forward computed by Triton where that is installed and runs.
 
     Raises:
         DeviceError: it is not there.
@@ -46,4 +54,20 @@ def open_backend(device: str, threads: int, choice: BackendName = "auto") -> Bac
         return NativeBackend(threads)
     from flashinfer.backend.torch_backend import TorchBackend
 
-    return TorchBackend(device, threads if device == "cpu" else 1)
+    return TorchBackend(device, threads) if device == "cpu" else _on_card(device)
+
+
+def _on_card(device: str) -> Backend:
+    from flashinfer.backend.torch_backend import TorchBackend
+    from flashinfer.backend.torch_cuda import explained
+
+    backend = TorchBackend(device)
+    if not has_triton():
+        return explained(backend, device)
+    from flashinfer.backend.triton_backend import TritonBackend, why_not
+
+    if why := why_not(device):
+        log.warning("torch computes the feed-forward on %s, slowly: Triton's kernels do not run (%s)", device, why)
+        return explained(backend, device)
+    backend.close()
+    return explained(TritonBackend(device), device)

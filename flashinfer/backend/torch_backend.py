@@ -11,7 +11,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from typing import Literal
 
 import numpy as np
@@ -22,11 +21,11 @@ from torch import Tensor
 from flashinfer.backend.base import PLAIN, Bundle, Bytes, Floats, Index, Mask, Part, Scoring
 from flashinfer.backend.copies import Copies, Memory
 from flashinfer.backend.footprint import TORCH
-from flashinfer.backend.torch_copies import CudaCopies, DeviceErrors
+from flashinfer.backend.torch_copies import CudaCopies
+from flashinfer.backend.torch_cuda import open_card
 from flashinfer.backend.torch_tiles import Kv, activated, attend_tile, times
 from flashinfer.backend.torch_weights import Matrix, as_tensor, row_bytes, unpack
 from flashinfer.config import KV_CODECS, TILE_KEYS, TILE_NEURONS, TILE_ROWS, TILE_TOKENS, KvType
-from flashinfer.errors import DeviceError
 from flashinfer.quant import Codec
 from flashinfer.store.facts import Activation, UpActivation
 
@@ -38,15 +37,12 @@ class TorchBackend:
     """See `backend.base.Backend`. Raises DeviceError when the device is not there."""
 
     def __init__(self, device: str = "cpu", threads: int = 1) -> None:
-        if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-            raise DeviceError(f"device {device!r} is not available to torch {torch.__version__}; use --device cpu")
+        self._device = torch.device("cpu") if device == "cpu" else open_card(device)
         self.name = f"torch-{device}"
         self.footprint = TORCH
         self.together = TILE_TOKENS
         self.threads = threads
-        self._device = torch.device(device)
         self.copies: Copies | None = None if device == "cpu" else CudaCopies(self._device)
-        self._errors = nullcontext() if device == "cpu" else DeviceErrors(self._device)
         self._pool = None
         if threads > 1:
             # torch counts threads per thread, and a new one starts with all cores
@@ -63,8 +59,7 @@ class TorchBackend:
         return Matrix(as_tensor(raw).view(rows, -1).to(self._device), codec, cols)
 
     def zeros(self, tokens: int, width: int) -> Tensor:
-        with self._errors:
-            return torch.zeros(tokens, width, device=self._device)
+        return torch.zeros(tokens, width, device=self._device)
 
     def place(self, values: Floats) -> Tensor:
         return torch.tensor(values, device=self._device)
@@ -170,8 +165,7 @@ class TorchBackend:
     def new_kv(self, kv_heads: int, head_dim: int, capacity: int, dtype: KvType, value_dim: int | None = None) -> Kv:
         codec, dims = KV_CODECS[dtype], (head_dim, value_dim or head_dim)
         tiles = (-(-capacity // TILE_KEYS), kv_heads, TILE_KEYS)
-        with self._errors:
-            k, v = (torch.zeros(*tiles, row_bytes(codec, d), dtype=torch.uint8, device=self._device) for d in dims)
+        k, v = (torch.zeros(*tiles, row_bytes(codec, d), dtype=torch.uint8, device=self._device) for d in dims)
         return Kv(k, v, codec, dims)
 
     def append_kv(self, kv: Kv, at: int, k: Tensor, v: Tensor, skip: int, count: int) -> None:
@@ -193,9 +187,8 @@ class TorchBackend:
     def attend(self, q: Tensor, kv: Kv, first: int, heads: int, scoring: Scoring = PLAIN) -> Tensor:
         out = torch.empty(len(q), heads * kv.dims[1], device=self._device)
         step = 1 if q.shape[0] == 1 else TILE_TOKENS
-        with self._errors:
-            for t in range(0, q.shape[0], step):
-                out[t : t + step] = attend_tile(q[t : t + step], kv, first + t, heads, scoring)
+        for t in range(0, q.shape[0], step):
+            out[t : t + step] = attend_tile(q[t : t + step], kv, first + t, heads, scoring)
         return out
 
     # -- feed-forward
