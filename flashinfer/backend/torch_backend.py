@@ -281,7 +281,7 @@ class TorchBackend:
         """Output of one tile of neurons, `[tokens, hidden]`."""
         raw = self._scratch("bundles", TILE_NEURONS * bundle.bytes, torch.uint8, bundles.device)
         raw = raw.view(TILE_NEURONS, bundle.bytes)
-        torch.index_select(bundles, 0, at, out=raw)
+        raw = torch.index_select(bundles, 0, at, out=raw).to(self._device)
         sizes = [0 if p is None else TILE_NEURONS * p.elements for p in (bundle.down, bundle.up, bundle.up_bias)]
         places = torch.split(self._scratch("values", sum(sizes)), sizes)
         down = _converted(raw, bundle.down, places[0])

@@ -55,7 +55,7 @@ def _lie_well(memory: Tensor, offsets: Index, bundle: Bundle) -> bool:
 
 
 def why_not(device: str) -> str | None:
-    """Why Triton's kernels do not run on that device of torch's; None where they do. Compiles the smallest of them."""
+    """Why Triton's kernels do not run on that device of torch's; None where they do. Compiles them."""
     try:
         probe(torch.device(device))
     except Exception as e:  # no compiler, a card too old, a broken installation: whatever it raises is the reason

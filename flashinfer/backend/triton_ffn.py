@@ -80,13 +80,15 @@ def fused_ffn(acc: Tensor, x: Tensor, fired: Tensor, memory: Tensor, offsets: Te
 
 
 def probe(device: torch.device) -> None:
-    """Compile and run the smallest kernel there. Raises what goes wrong: whatever Triton, its compiler or the driver
-    raises, RuntimeError where sums are wrong."""
-    acc = torch.zeros(4, device=device)
-    with torch.cuda.device_of(acc):
-        _fold_kernel[(1,)](acc, torch.ones(3, 4, device=device), 3, acc.numel(), FOLD)
-    if acc.tolist() != [3.0] * 4:
-        raise RuntimeError("its kernels add wrongly")
+    """Compile the kernels and run them on one neuron. Raises what goes wrong: whatever Triton, its compiler or the
+    driver raises, RuntimeError where the result is wrong."""
+    ones = torch.ones(1, 16, device=device)
+    bundle = Bundle(64, Part(32, 16, "bf16"), Part(0, 16, "bf16"))
+    fired = torch.zeros(1, 1, TILE_NEURONS, device=device).index_fill_(2, torch.tensor([5], device=device), 0.5)
+    offsets, acc = torch.zeros(1, TILE_NEURONS, dtype=torch.int64, device=device), torch.zeros(1, 16, device=device)
+    fused_ffn(acc, ones, fired, ones.bfloat16().repeat(1, 2).view(torch.uint8).view(-1), offsets, bundle)
+    if acc.tolist() != [[8.0] * 16]:
+        raise RuntimeError("a neuron's output is wrong")
 
 
 def _coefficients(x: Tensor, fired: Tensor, memory: Tensor, offsets: Tensor, bundle: Bundle) -> Tensor:
@@ -113,7 +115,7 @@ def _add(acc: Tensor, taken: Tensor, memory: Tensor, offsets: Tensor, bundle: Bu
         parts, taken, memory, offsets, tables_of(bundle.down, memory.device), tokens, form,
         step, cut.rows, units, form.width(units), enable_fp_fusion=False,
     )  # fmt: skip
-    _fold_kernel[(triton.cdiv(acc.numel(), FOLD),)](acc, parts, len(offsets), acc.numel(), FOLD)
+    _fold_kernel[(triton.cdiv(acc.numel(), FOLD),)](acc, parts, len(offsets), acc.numel(), FOLD, enable_fp_fusion=False)
 
 
 def _form(part: Part, bundle: Bundle) -> Form:

@@ -15,7 +15,7 @@ from typing import Literal
 import psutil
 
 from flashinfer import __distribution__, __version__, machine
-from flashinfer.backend import has_native
+from flashinfer.backend import has_native, has_triton
 from flashinfer.bench.known import cache_file, disk_key, load_known
 from flashinfer.bench.place import KINDS, UNKNOWN, Place, place_of
 from flashinfer.config import IoConfig
@@ -181,18 +181,34 @@ def _software() -> Iterator[Check]:
         except importlib.metadata.PackageNotFoundError:
             missing.append(name)
     yield check("versions", ", ".join(versions), f"install {', '.join(missing)}" if missing else "")
-    yield _gpu()
+    yield from _gpu()
 
 
-def _gpu() -> Check:
+def _gpu() -> Iterator[Check]:
     if importlib.util.find_spec("torch") is None:
-        return check("GPU", "not looked for: torch is not installed")
+        yield check("GPU", "not looked for: torch is not installed")
+        return
     try:
         import torch
 
         if not torch.cuda.is_available():
-            return check("GPU", f"none that torch {torch.__version__} can use; the CPU computes")
+            yield check("GPU", f"none that torch {torch.__version__} can use; the CPU computes")
+            return
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        return check("GPU", f"{', '.join(names)} (used with --device cuda)")
     except Exception as e:  # a broken driver or a broken torch: whatever it raises is what there is to say
-        return Check("GPU", "warn", f"torch fails: {' '.join(str(e).split())}", "reinstall torch, or its driver")
+        yield Check("GPU", "warn", f"torch fails: {' '.join(str(e).split())}", "reinstall torch, or its driver")
+        return
+    yield check("GPU", f"{', '.join(names)} (used with --device cuda)")
+    yield _gpu_kernels()
+
+
+def _gpu_kernels() -> Check:
+    """What computes the feed-forward on a card."""
+    if not has_triton():
+        advice = "pip install 'flashinfer-offload[gpu]'"
+        return check("GPU kernels", "torch's, which are slow; Triton is not installed", advice)
+    from flashinfer.backend.triton_backend import why_not
+
+    if why := why_not("cuda"):
+        return check("GPU kernels", f"torch's, which are slow; Triton's do not run: {why}", "install a C compiler")
+    return check("GPU kernels", f"Triton's, {importlib.metadata.version('triton')}")

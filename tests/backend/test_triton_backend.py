@@ -213,40 +213,51 @@ def test_a_reason_is_given_where_kernels_do_not_run(monkeypatch: pytest.MonkeyPa
 
 COMPILE = """
 import sys
+import torch
+import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-from flashinfer.backend import triton_ffn
-from flashinfer.backend.base import Part
-from flashinfer.backend.triton_codes import form_of
+from triton.runtime.jit import JITFunction
+from flashinfer.backend.base import Bundle, Part
+from flashinfer.backend.triton_ffn import fused_ffn
+from flashinfer.quant import codec_named
 
-def built(kernel, pointers, **constants):
-    names = kernel.arg_names
-    signature = {n: pointers.get(n, "i32") for n in names} | {n: "constexpr" for n in constants}
-    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in pointers}
-    target = GPUTarget("cuda", int(sys.argv[1]), 32)
-    return compile(ASTSource(kernel, signature, constants, aligned), target, {"enable_fp_fusion": False})
+class Driver:
+    def get_current_device(self):
+        return 0
 
-floats = dict.fromkeys(("out", "x", "fired", "tables", "parts", "taken", "acc"), "*fp32")
-pointers = floats | {"memory": "*u8", "offsets": "*i64"}
-form, bias = form_of(Part(0, 4096, sys.argv[2]), 1 << 14), form_of(Part(1 << 13, 1, "f32"), 1 << 14)
-for tokens, cut in ((1, triton_ffn.ONE), (16, triton_ffn.SOME)):
-    for kernel, most, rest in (
-        (triton_ffn._coefficients_kernel, cut.up, {"BIAS": bias, "ACTIVATION": "clamped", "NEURONS": cut.neurons}),
-        (triton_ffn._outputs_kernel, cut.down, {"NEURONS": cut.rows}),
-    ):
-        units = form.block(most)
-        fixed = {"F": form, "TOKENS": tokens, "UNITS": units, "WIDTH": form.width(units), **rest}
-        some = {n: t for n, t in pointers.items() if n in kernel.arg_names}
-        print(tokens, "ld.global.v4.b32" in built(kernel, some, **fixed).asm["ptx"])
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", int(sys.argv[1]), 32)
+
+def compiled(self, *arguments, run=JITFunction.run, **options):
+    kernel = run(self, *arguments, **options | {"warmup": True})
+    print(self.__name__, kernel.hash, "ld.global.v4.b32" in kernel.asm["ptx"])
+
+triton.runtime.driver.set_active(Driver())
+JITFunction.run = compiled
+codec, hidden = sys.argv[2], 4096
+size = codec_named(codec).row_bytes(hidden)
+down, up, bias = Part(size, hidden, codec), Part(0, hidden, codec), Part(2 * size, 1, "f32")
+bundle = Bundle(2 * size + 16, down, up, bias, up_activation="clamped")
+memory = torch.zeros(bundle.bytes, dtype=torch.uint8)
+for tokens, tiles in ((1, 1), (1, 7), (16, 1), (48, 3)):
+    acc, x, fired = torch.zeros(tokens, hidden), torch.zeros(tokens, hidden), torch.zeros(tiles, tokens, 64)
+    fused_ffn(acc, x, fired, memory, torch.zeros(tiles, 64, dtype=torch.int64), bundle)
 """
 
 
 @pytest.mark.parametrize(("capability", "codec"), [(80, "f16"), (90, "nf4")])
 def test_the_kernels_compile(capability: int, codec: str, tmp_path: Path) -> None:
-    """For cards that are not here; of one token with the widest loads there are."""
+    """For cards that are not here: one kernel however many tokens and tiles, of one token with the widest loads."""
     here = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", COMPILE, str(capability), codec]
     done = subprocess.run(command, env=here, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[:2] == ["1 True", "1 True"]
-    assert done.stdout.count("16 ") == 2
+    calls = [line.split() for line in done.stdout.splitlines()]
+    names = ["_coefficients_kernel", "_outputs_kernel", "_fold_kernel"]
+    assert [name for name, *_ in calls] == 4 * names
+    assert calls[0:3] == calls[3:6]
+    assert calls[6:9] == calls[9:12]
+    assert [wide for *_, wide in calls[:2]] == ["True", "True"]

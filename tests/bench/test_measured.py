@@ -164,6 +164,30 @@ def test_doctor_where_little_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found["cgroup"].text == "no memory limit"
 
 
+@pytest.mark.parametrize(
+    ("installed", "why", "text", "advice"),
+    [
+        (False, None, "torch's, which are slow; Triton is not installed", "pip install 'flashinfer-offload[gpu]'"),
+        (True, "no gcc", "torch's, which are slow; Triton's do not run: no gcc", "install a C compiler"),
+        (True, None, "Triton's, 3", ""),
+    ],
+)
+def test_doctor_on_a_card(monkeypatch: pytest.MonkeyPatch, installed, why, text: str, advice: str) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some Card")
+    monkeypatch.setattr(checkup, "has_triton", lambda: installed)
+    if installed:
+        backend = pytest.importorskip("flashinfer.backend.triton_backend", reason="Triton is not installed")
+        monkeypatch.setattr(backend, "why_not", lambda _: why)
+    found = {c.name: c for c in checkup.examine(None)}
+    assert found["GPU"].text == "Some Card (used with --device cuda)"
+    assert found["GPU kernels"].text.startswith(text)
+    assert found["GPU kernels"].advice == advice
+
+
 def test_doctor_finds_a_damaged_store(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{}")
     store = next(c for c in checkup.examine(tmp_path) if c.name == "store")
