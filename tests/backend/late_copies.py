@@ -1,4 +1,4 @@
-"""A copy engine that does nothing before it must: who forgets to wait finds garbage."""
+"""A copy engine that does nothing before it must: who forgets to wait finds garbage, or is found out."""
 
 from __future__ import annotations
 
@@ -14,19 +14,28 @@ GARBAGE = 0xA5
 
 
 class LateCopies(HostCopies):
-    """As HostCopies, but copies are made when somebody waits for them; until then their targets hold garbage."""
+    """As HostCopies, but copies are made when somebody waits for them; until then their targets hold garbage. What the
+    host copies from it must not change before it waits itself: that is looked at then."""
 
     def __init__(self, available: int) -> None:
         super().__init__(available)
         self._asked: list[Callable[[], int]] = []
+        self._sources: list[tuple[Any, Any, Any] | None] = []
 
     def upload(self, memory: Any, targets: Any, source: Any, sources: Any, size: int) -> int:
         spoil(memory, targets, size)
+        self._sources.append((source, sources, taken(source, sources, size)))
         self._asked.append(lambda: super(LateCopies, self).upload(memory, targets, source, sources, size))
         return len(list(runs(targets, sources, size)))
 
     def download(self, target: Any, targets: Any, memory: Any, sources: Any, size: int) -> int:
-        self._asked.append(lambda: super(LateCopies, self).download(target, targets, memory, sources, size))
+        before = len(self._sources)
+
+        def copied() -> int:
+            self._look(before)  # what was asked for earlier has ended when this begins
+            return super(LateCopies, self).download(target, targets, memory, sources, size)
+
+        self._asked.append(copied)
         return len(list(runs(targets, sources, size)))
 
     def move(self, memory: Any, targets: Any, sources: Any, size: int) -> None:
@@ -37,15 +46,28 @@ class LateCopies(HostCopies):
         self._asked.append(moved)
 
     def lead(self) -> None:
-        self.wait()
-
-    def wait(self) -> None:
         asked, self._asked = self._asked, []
         for copy in asked:
             copy()
 
+    def wait(self) -> None:
+        self.lead()
+        self._look(len(self._sources))
+        self._sources = []
+
+    def _look(self, count: int) -> None:
+        """Whether the sources of the first so many uploads are as they were; they may change from now on."""
+        some, self._sources[:count] = self._sources[:count], [None] * count
+        for source, at, before in filter(None, some):
+            assert np.array_equal(taken(source, at, before.shape[1]), before), "written to while it was copied from"
+
     def close(self) -> None:
         self.wait()
+
+
+def taken(memory: Any, places: Any, size: int) -> Any:
+    """What lies at these places, `[n, size]`."""
+    return np.stack([memory[at : at + size] for at in places.tolist()]) if len(places) else np.zeros((0, size))
 
 
 def spoil(memory: Any, targets: Any, size: int) -> None:

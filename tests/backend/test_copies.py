@@ -38,6 +38,14 @@ class TestLateCopies(TestHostCopies):
         copies.lead()
         assert np.array_equal(memory, source)
 
+    def test_who_writes_to_a_source_before_waiting_is_found_out(self, copies: Copies) -> None:
+        memory, source = copies.allocate(8), np.arange(8, dtype=np.uint8)
+        copies.upload(memory, np.array([0]), source, np.array([0]), 8)
+        copies.lead()
+        source[3] = 9
+        with pytest.raises(AssertionError, match="written to while"):
+            copies.wait()
+
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here: its copies are not tested")
 class TestCudaCopies(CopiesConformance):

@@ -81,6 +81,8 @@ class Tiers(RuleBasedStateMachine):
 
     @rule(recent=st.lists(record_sets, min_size=1, max_size=6), earlier=record_sets)
     def chunk(self, recent: list[Index], earlier: Index) -> None:
+        if len(recent) < self.window:  # of a chunk that is shorter than the window all tokens are told
+            earlier = array()
         needed = np.unique(np.concatenate([earlier, *recent]))
         self.stepped(needed, recent)
         self.tokens += recent if self.window else [needed]
