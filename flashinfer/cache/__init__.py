@@ -18,7 +18,7 @@ def tiered_cache(records: int, near: int, far: int, *, window: int, retention: R
         ValueError: as `TieredCache`.
     """
     try:
-        from flashinfer.cache.native_tiers import NativeTieredCache
+        from flashinfer.cache.native import NativeTieredCache
     except ImportError:  # no compiler at installation
         return TieredCache(records, near, far, window=window, retention=retention)
     return NativeTieredCache(records, near, far, window=window, retention=retention)
@@ -31,7 +31,7 @@ def window_cache(records: int, slots: int, *, window: int, retention: Retention 
         ValueError: as `WindowCache`.
     """
     try:
-        from flashinfer.cache.native_window import NativeWindowCache
+        from flashinfer.cache.native import NativeWindowCache
     except ImportError:  # no compiler at installation
         return WindowCache(records, slots, window=window, retention=retention)
     return NativeWindowCache(records, slots, window=window, retention=retention)

@@ -1,7 +1,12 @@
 # The CPU kernels, once for every instruction set the compiler can make; which one runs is chosen at run time.
 # -ffp-contract=off: only what says fma is one, so that all of them give the same bits.
 include(CheckCXXSourceCompiles)
-set(kernel_flags -O3 -ffp-contract=off -fno-math-errno -Wall -Wextra)
+if(FLASHINFER_ASAN) # with -O3 it takes the compiler more than ten minutes
+  set(kernel_flags -O1)
+else()
+  set(kernel_flags -O3)
+endif()
+list(APPEND kernel_flags -ffp-contract=off -fno-math-errno -Wall -Wextra)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU") # its own header of intrinsics sets it off
   list(APPEND kernel_flags -Wno-uninitialized -Wno-maybe-uninitialized)
 endif()

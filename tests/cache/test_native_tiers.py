@@ -11,9 +11,9 @@ from flashinfer.cache import TieredCache, tiered_cache
 from flashinfer.cache.slotmap import Index
 from flashinfer.cache.tiers import MOST_RECORDS
 from flashinfer.config import Retention
-from tests.cache.test_native_window import RECORDS, same, subset
+from tests.cache.twins import RECORDS, assert_decide_the_same, same
 
-native_tiers = pytest.importorskip("flashinfer.cache.native_tiers", reason="the native core is not built")
+native = pytest.importorskip("flashinfer.cache.native", reason="the native core is not built")
 
 
 @given(
@@ -28,39 +28,26 @@ native_tiers = pytest.importorskip("flashinfer.cache.native_tiers", reason="the 
 def test_any_sequence_gives_the_same_changes(
     near: int, far: int, window: int, retention: Retention, share: float, seed: int
 ) -> None:
-    rng = np.random.default_rng(seed)
-    makers = TieredCache, native_tiers.NativeTieredCache
-    twin, native = (make(RECORDS, near, far, window=window, retention=retention) for make in makers)
-    for _ in range(60):
-        kind = rng.random()
-        if kind < 0.1:
-            free = np.flatnonzero(twin.slot_of < 0)[: near + far - twin.used]
-            assert np.array_equal(twin.preload(free[::2]), native.preload(free[::2]))
-        else:
-            recent = [subset(rng, share) for _ in range(int(rng.integers(1, 6)) if kind < 0.3 else 0)]
-            needed = np.unique(np.concatenate([subset(rng, share), *recent]))
-            assert same(twin.step(needed, recent), native.step(needed, recent))
-        assert np.array_equal(twin.slot_of, native.slot_of)
-        assert twin.used == native.used
-        assert twin.effective_window == native.effective_window
-        assert [a.tolist() for a in twin.window] == [a.tolist() for a in native.window]
+    makers = TieredCache, native.NativeTieredCache
+    twin, other = (make(RECORDS, near, far, window=window, retention=retention) for make in makers)
+    assert_decide_the_same(twin, other, share=share, seed=seed)
 
 
 def test_a_long_run_gives_the_same_changes() -> None:
     rng = np.random.default_rng(0)
     popularity = 1 / np.arange(1, 2049)
-    twin, native = (make(2048, 150, 300, window=3) for make in (TieredCache, native_tiers.NativeTieredCache))
+    twin, other = (make(2048, 150, 300, window=3) for make in (TieredCache, native.NativeTieredCache))
     for _ in range(150):
         needed = np.flatnonzero(rng.random(2048) < 20 * popularity)
-        assert same(twin.step(needed), native.step(needed))
+        assert same(twin.step(needed), other.step(needed))
 
 
 def test_the_native_one_is_what_a_model_gets() -> None:
-    assert isinstance(tiered_cache(8, 2, 2, window=2), native_tiers.NativeTieredCache)
+    assert isinstance(tiered_cache(8, 2, 2, window=2), native.NativeTieredCache)
 
 
 def test_a_record_that_is_none_is_refused_and_nothing_changes() -> None:
-    cache = native_tiers.NativeTieredCache(8, 2, 2, window=2)
+    cache = native.NativeTieredCache(8, 2, 2, window=2)
     for wrong in ([8], [-1]):
         with pytest.raises(IndexError, match="no such record"):
             cache.step(np.array(wrong))
@@ -74,12 +61,12 @@ def test_a_record_that_is_none_is_refused_and_nothing_changes() -> None:
 )  # fmt: skip
 def test_impossible_caches_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError):
-        native_tiers.NativeTieredCache(**({"records": 4, "near": 1, "far": 2, "window": 1} | wrong))
+        native.NativeTieredCache(**({"records": 4, "near": 1, "far": 2, "window": 1} | wrong))
 
 
 @pytest.mark.parametrize("records", [np.arange(4), np.array([7])])
 def test_a_preload_that_cannot_be_is_refused(records: Index) -> None:
-    cache = native_tiers.NativeTieredCache(64, 2, 2, window=1)
+    cache = native.NativeTieredCache(64, 2, 2, window=1)
     cache.step(np.array([7]))
     with pytest.raises(ValueError, match="free slots"):
         cache.preload(records)

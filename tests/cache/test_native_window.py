@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashinfer.cache import Change, WindowCache, window_cache
+from flashinfer.cache import WindowCache, window_cache
 from flashinfer.cache.slotmap import Index
 from flashinfer.config import Retention
+from tests.cache.twins import RECORDS, assert_decide_the_same, same
 
-native_window = pytest.importorskip("flashinfer.cache.native_window", reason="the native core is not built")
-RECORDS = 40
-
-
-def same(one: Change, other: Change) -> bool:
-    return all(np.array_equal(a, b) for a, b in zip(astuple(one), astuple(other), strict=True))
-
-
-def subset(rng: np.random.Generator, share: float) -> Index:
-    """Low numbers are used more often, so that scores differ."""
-    return np.flatnonzero(rng.random(RECORDS) < 2 * share * np.linspace(1, 0, RECORDS))
+native = pytest.importorskip("flashinfer.cache.native", reason="the native core is not built")
 
 
 @given(
@@ -37,40 +26,27 @@ def subset(rng: np.random.Generator, share: float) -> Index:
 def test_any_sequence_gives_the_same_changes(
     slots: int, window: int, retention: Retention, share: float, seed: int
 ) -> None:
-    rng = np.random.default_rng(seed)
-    makers = WindowCache, native_window.NativeWindowCache
-    twin, native = (make(RECORDS, slots, window=window, retention=retention) for make in makers)
-    for _ in range(60):
-        kind = rng.random()
-        if kind < 0.1:
-            free = np.flatnonzero(twin.slot_of < 0)[: max(0, min(slots, RECORDS) - twin.used)]
-            assert np.array_equal(twin.preload(free[::2]), native.preload(free[::2]))
-        else:
-            recent = [subset(rng, share) for _ in range(int(rng.integers(1, 6)) if kind < 0.3 else 0)]
-            needed = np.unique(np.concatenate([subset(rng, share), *recent]))
-            assert same(twin.step(needed, recent), native.step(needed, recent))
-        assert np.array_equal(twin.slot_of, native.slot_of)
-        assert twin.used == native.used
-        assert twin.effective_window == native.effective_window
-        assert [a.tolist() for a in twin.window] == [a.tolist() for a in native.window]
+    makers = WindowCache, native.NativeWindowCache
+    twin, other = (make(RECORDS, slots, window=window, retention=retention) for make in makers)
+    assert_decide_the_same(twin, other, share=share, seed=seed)
 
 
 def test_a_long_run_whose_dead_candidates_are_dropped_gives_the_same_changes() -> None:
     """More than 1024 candidates are offered several times over."""
     rng = np.random.default_rng(0)
     popularity = 1 / np.arange(1, 2049)
-    twin, native = (make(2048, 300, window=3) for make in (WindowCache, native_window.NativeWindowCache))
+    twin, other = (make(2048, 300, window=3) for make in (WindowCache, native.NativeWindowCache))
     for _ in range(150):
         needed = np.flatnonzero(rng.random(2048) < 20 * popularity)
-        assert same(twin.step(needed), native.step(needed))
+        assert same(twin.step(needed), other.step(needed))
 
 
 def test_the_native_one_is_what_a_model_gets() -> None:
-    assert isinstance(window_cache(8, 4, window=2), native_window.NativeWindowCache)
+    assert isinstance(window_cache(8, 4, window=2), native.NativeWindowCache)
 
 
 def test_a_record_that_is_none_is_refused_and_nothing_changes() -> None:
-    cache = native_window.NativeWindowCache(8, 4, window=2)
+    cache = native.NativeWindowCache(8, 4, window=2)
     for wrong in ([8], [-1]):
         with pytest.raises(IndexError, match="no such record"):
             cache.step(np.array(wrong))
@@ -81,19 +57,19 @@ def test_a_record_that_is_none_is_refused_and_nothing_changes() -> None:
 @pytest.mark.parametrize("wrong", [{"records": -1}, {"slots": -1}, {"window": -1}, {"retention": "lru"}])
 def test_impossible_caches_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError):
-        native_window.NativeWindowCache(**({"records": 4, "slots": 2, "window": 1} | wrong))
+        native.NativeWindowCache(**({"records": 4, "slots": 2, "window": 1} | wrong))
 
 
 @pytest.mark.parametrize("records", [np.arange(3), np.array([7])])
 def test_a_preload_that_cannot_be_is_refused(records: Index) -> None:
-    cache = native_window.NativeWindowCache(64, 3, window=1)
+    cache = native.NativeWindowCache(64, 3, window=1)
     cache.step(np.array([7]))
     with pytest.raises(ValueError, match="free slots"):
         cache.preload(records)
 
 
 def test_the_table_of_slots_outlives_the_policy() -> None:
-    cache = native_window.NativeWindowCache(8, 4, window=2)
+    cache = native.NativeWindowCache(8, 4, window=2)
     cache.step(np.arange(3))
     slot_of, window = cache.slot_of, cache.window
     del cache
