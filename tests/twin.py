@@ -7,7 +7,7 @@ has in which codec, and it encodes the checkpoint itself.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,7 @@ from flashinfer.config import TILE_NEURONS, BackendName, KvType
 from flashinfer.model.adapter import Adapter
 from flashinfer.model.decoder import Decoder
 from flashinfer.model.rows import decode_row, prefill_rows
-from flashinfer.model.weights import Group, no_guess
-from flashinfer.predict import Selection
+from flashinfer.model.weights import Ahead, Group, Need, no_guess
 from flashinfer.quant import codec_named
 from flashinfer.store import Facts, Store
 from tests.twin_experts import expert_roles, is_mixture
@@ -146,12 +145,10 @@ class TwinWeights:
     def bundle(self, layer: int) -> Bundle:
         return self._bundles[layer][0]
 
-    def neurons(
-        self, layer: int, selection: Selection, tiles: Index, guess: Callable[[], Index | None] = no_guess
-    ) -> Iterator[Group]:
-        bundle, memory = self._bundles[layer]
+    def neurons(self, layer: int, need: Need, guess: Ahead = no_guess) -> Iterator[Group]:
+        (bundle, memory), tiles = self._bundles[layer], need.tiles
         zeros = len(memory) - bundle.bytes
-        yield Group(0, len(tiles), memory, np.where(tiles >= 0, tiles * bundle.bytes, zeros))
+        yield Group(0, len(tiles), memory, tiles, np.where(tiles >= 0, tiles * bundle.bytes, zeros))
 
 
 class Twin:

@@ -29,6 +29,8 @@ Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 Index = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
+Flags = Any
+"""Bools `[tokens, width]` where arithmetic is; opaque outside its backend."""
 
 
 @dataclass(frozen=True)
@@ -177,14 +179,36 @@ class Backend(Protocol):
         which later writes to `gate` change."""
         ...
 
+    def exceeds(
+        self, x: Buffer, skip: int, count: int, high: Buffer | float, between: tuple[Buffer, Buffer] | None = None
+    ) -> Flags:
+        """Which values of rows skip .. skip+count are above `high`, or above the first and below the second of
+        `between`: a float32 number for all, vectors for each column. What is not a number is not."""
+        ...
+
+    def may_exceed(
+        self, y: Buffer, x: Buffer, skip: int, count: int, slack: Buffer, bias: Buffer | None, threshold: float
+    ) -> Flags:
+        """Which values of `y + bias`, of rows skip .. skip+count, may be above `threshold` where they are wrong by no
+        more than `slack * |x|`: `backend.bounded` has the rule. `slack` and `bias` are vectors."""
+        ...
+
+    def flags(self, mask: Mask) -> Flags:
+        """Host bools `[tokens, width]` where arithmetic is."""
+        ...
+
+    def marks(self, flags: Flags) -> Mask:
+        """Flags on the host, read-only."""
+        ...
+
     def decide(self, gate: Buffer, x: Buffer, index: Index, memory: Bytes, offsets: Index, bundle: Bundle) -> None:
         """`gate[:, index[t, n]] += x @ row + bias` for the decision rows in the bundles, the right side with the bits
         that `linear` and `add` give on the whole matrix. `index` int64 `[tiles, TILE_NEURONS]`, each neuron at most
         once, -1: nothing; `memory`, `offsets`: see `ffn`. Writes `gate`; what is not named stays."""
         ...
 
-    def limit(self, gate: Buffer, skip: int, keep: Mask) -> None:
-        """`gate[skip + i, ~keep[i]] = 0` for host bool `keep` `[count, neurons]`; other rows stay. Writes `gate`."""
+    def limit(self, gate: Buffer, skip: int, keep: Flags) -> None:
+        """`gate[skip + i, ~keep[i]] = 0` for `keep` `[count, neurons]`; other rows stay. Writes `gate`."""
         ...
 
     def fire(

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashinfer.backend.base import PLAIN, Bundle, Bytes, Floats, Index, Mask, Part, Scoring
+from flashinfer.backend.bounded import exceeds, may_exceed
 from flashinfer.backend.copies import Copies
 from flashinfer.backend.footprint import NATIVE
 from flashinfer.backend.native_codec import native_codec
@@ -171,6 +172,23 @@ class NativeBackend:
         seen = gate[skip : skip + count]
         seen.flags.writeable = False
         return seen
+
+    def exceeds(
+        self, x: Floats, skip: int, count: int, high: Floats | float, between: tuple[Floats, Floats] | None = None
+    ) -> Mask:
+        return exceeds(x[skip : skip + count], high, between)
+
+    def may_exceed(
+        self, y: Floats, x: Floats, skip: int, count: int, slack: Floats, bias: Floats | None, threshold: float
+    ) -> Mask:
+        rows = range(skip, skip + count)
+        return np.stack([may_exceed(y[i], x[i], slack, bias, threshold) for i in rows])
+
+    def flags(self, mask: Mask) -> Mask:
+        return mask
+
+    def marks(self, flags: Mask) -> Mask:
+        return flags
 
     def limit(self, gate: Floats, skip: int, keep: Mask) -> None:
         np.copyto(gate[skip : skip + len(keep)], np.float32(0), where=~keep)

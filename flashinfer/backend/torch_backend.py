@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashinfer.backend.base import PLAIN, Bundle, Bytes, Floats, Index, Mask, Part, Scoring
+from flashinfer.backend.bounded import OVERFLOW, UNDERFLOW, WIDER
 from flashinfer.backend.copies import Copies, Memory
 from flashinfer.backend.footprint import TORCH
 from flashinfer.backend.torch_copies import CudaCopies
@@ -240,9 +241,33 @@ class TorchBackend:
         places = memory.as_strided((memory.numel() - size + 1, size), (1, 1))
         return torch.index_select(places, 0, torch.from_numpy(at + part.offset).to(memory.device), out=raw)
 
-    def limit(self, gate: Tensor, skip: int, keep: Mask) -> None:
-        drop = torch.from_numpy(~keep).to(self._device)
-        gate[skip : skip + len(keep)].masked_fill_(drop, 0.0)
+    def exceeds(
+        self, x: Tensor, skip: int, count: int, high: Tensor | float, between: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        seen = x[skip : skip + count]
+        above = seen > high
+        return above if between is None else above | ((seen > between[0]) & (seen < between[1]))
+
+    def may_exceed(
+        self, y: Tensor, x: Tensor, skip: int, count: int, slack: Tensor, bias: Tensor | None, threshold: float
+    ) -> Tensor:
+        rows = slice(skip, skip + count)
+        norm = x[rows].double().square().sum(dim=1, keepdim=True).sqrt() * WIDER
+        wide = slack.double() * (norm * WIDER)
+        wide = torch.where(slack > 0, wide + UNDERFLOW, wide)
+        top = wide + y[rows]
+        top = top if bias is None else top + bias
+        return ~(top <= float(np.float32(threshold))) | (wide >= OVERFLOW)
+
+    def flags(self, mask: Mask) -> Tensor:
+        return torch.tensor(mask, device=self._device)
+
+    def marks(self, flags: Tensor) -> Mask:
+        host: Mask = flags.cpu().numpy()
+        return host
+
+    def limit(self, gate: Tensor, skip: int, keep: Tensor) -> None:
+        gate[skip : skip + len(keep)].masked_fill_(~keep, 0.0)
 
     def fire(
         self, gate: Tensor, activation: Activation | UpActivation | None, index: Index, threshold: float = 0.0

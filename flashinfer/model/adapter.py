@@ -10,21 +10,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from flashinfer.adapter import Change, Factor
 from flashinfer.backend import Backend, Buffer, Bundle, Part
 from flashinfer.model.weights import Group
-
-Index = npt.NDArray[np.int64]
 
 
 class Feed(Protocol):
     """Sums what the neurons of a layer add to its output, group by group."""
 
-    def take(self, fired: Buffer, index: Index, group: Group) -> None:
-        """A group of tiles: activated decision products `[tiles, tokens, TILE_NEURONS]` of the neurons `index`."""
+    def take(self, fired: Buffer, group: Group) -> None:
+        """A group of tiles: activated decision products `[tiles, tokens, TILE_NEURONS]` of its neurons."""
         ...
 
     def result(self) -> Buffer:
@@ -39,7 +34,7 @@ class PlainFeed:
         self._backend, self._bundle, self._x = backend, bundle, x
         self._out = backend.zeros(len(x), bundle.down.elements)
 
-    def take(self, fired: Buffer, index: Index, group: Group) -> None:
+    def take(self, fired: Buffer, group: Group) -> None:
         """See `Feed.take`."""
         self._backend.ffn(self._out, self._x, fired, group.memory, group.offsets, self._bundle)
 
@@ -73,18 +68,18 @@ class AdaptedFeed:
         self._out = self._backend.zeros(len(x), bundle.down.elements)
         self._sums = None if down is None else self._backend.zeros(len(x), down.rank)
 
-    def take(self, fired: Buffer, index: Index, group: Group) -> None:
+    def take(self, fired: Buffer, group: Group) -> None:
         """See `Feed.take`."""
         backend, h = self._backend, fired
         if self._up is not None:
-            backend.decide(self._up, self._x, index, group.memory, group.offsets, self._ups)
-            h = backend.multiply(fired, backend.fire(self._up, self._ups.up_activation, index))
+            backend.decide(self._up, self._x, group.index, group.memory, group.offsets, self._ups)
+            h = backend.multiply(fired, backend.fire(self._up, self._ups.up_activation, group.index))
         backend.ffn(self._out, self._x, h, group.memory, group.offsets, self._downs)
         if self._down is not None:  # A h: rows of A are bundles, too
             a: Factor = self._down.a
             width = len(a.raw) // a.rows
             bundle = Bundle(width, Part(0, a.cols, a.codec))
-            backend.ffn(self._sums, self._sums, h, a.raw, np.maximum(index, 0) * width, bundle)
+            backend.ffn(self._sums, self._sums, h, a.raw, group.index.clip(0) * width, bundle)
 
     def result(self) -> Buffer:
         """See `Feed.result`."""

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from flashinfer.backend import Buffer
 from flashinfer.choice import Choice
-from flashinfer.config import TILE_NEURONS, TILE_ROWS, KvType
+from flashinfer.config import TILE_ROWS, KvType
 from flashinfer.ledger import Ledger
 from flashinfer.model.adapter import Adapter
 from flashinfer.model.experts import Mixture
@@ -18,20 +18,12 @@ from flashinfer.model.heads import Heads
 from flashinfer.model.observe import Observer, Seen
 from flashinfer.model.rows import Rows
 from flashinfer.model.scoring import scoring_of
-from flashinfer.model.weights import Weights, decode_tiles
-from flashinfer.predict import Guess, Matrices, Predictor, Span, build_predictor, select
+from flashinfer.model.weights import Need, Weights, decode_tiles, prefill_tiles
+from flashinfer.predict import Guess, Matrices, Predictor, Selection, Span, build_predictor, select
 from flashinfer.store.facts import Facts
 
 Index = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
-
-
-def prefill_tiles(needed: Index, neurons: int) -> Index:
-    """Tiles of consecutive neuron indices, each neuron at the same place whatever the chunk; tiles that nobody
-    needs are left out (they would add exact zeros), other neurons that nobody needs are -1."""
-    tiles = np.full((-(-neurons // TILE_NEURONS), TILE_NEURONS), -1, dtype=np.int64)
-    tiles.reshape(-1)[needed] = needed
-    return tiles[(tiles >= 0).any(axis=1)]
 
 
 def _soften(logits: Floats, cap: float) -> Floats:
@@ -77,7 +69,7 @@ class Decoder:
         return None if found is None else self.backend.fetch(found)
 
     def _matrices(self) -> Matrices:
-        return Matrices(self.backend, self._product, self._linear, self._host)
+        return Matrices(self.backend, self._product, self._linear, self.weights.vector)
 
     def _build(self, choice: Choice, matrices: Matrices) -> Predictor:
         separate = [bundle.decision is None for bundle in self._bundles]
@@ -207,35 +199,43 @@ class Decoder:
     def _ffn(self, layer: int, x: Buffer, residual: Buffer, rows: Rows) -> Buffer:
         f, backend, bundle = self.facts, self.backend, self._bundles[layer]
         guess = self._predictor.guess(layer, x, Span(rows.skip, rows.count))
-        selection = select(guess.needed, f.intermediate_size, self._window)
-        needed = selection.needed
-        tiles = decode_tiles(needed) if rows.total == 1 else prefill_tiles(needed, f.intermediate_size)
         if guess.gate is None:  # what comes with the bundles is added to it
             gate = self._adapter.start(f"layers.{layer}.ffn.{f.decision}.weight", x, f.intermediate_size)
         else:
             gate = guess.gate
             self._limit(gate, guess, rows)
         feed = self._adapter.feed(layer, bundle, x, f.intermediate_size)
-        for group in self.weights.neurons(layer, selection, tiles, partial(self._next, layer + 1, residual, rows)):
-            some = tiles[group.first : group.last]
+        need = self._need(guess, rows.total == 1)
+        for group in self.weights.neurons(layer, need, partial(self._next, layer + 1, residual, rows)):
             if guess.gate is None:
-                backend.decide(gate, x, some, group.memory, group.offsets, bundle)
+                backend.decide(gate, x, group.index, group.memory, group.offsets, bundle)
                 self._limit(gate, guess, rows)
-            feed.take(backend.fire(gate, f.activation, some, f.fires_above), some, group)
+            feed.take(backend.fire(gate, f.activation, group.index, f.fires_above), group)
         if self.observer is not None:
             self.observer.seen(layer, self._seen(x, gate, guess, rows))
         out, bias = feed.result(), self.weights.vector(f"layers.{layer}.ffn.down.bias")
         return out if bias is None else backend.add(out, bias)
 
-    def _next(self, layer: int, residual: Buffer, rows: Rows) -> Index | None:
+    def _need(self, guess: Guess, decode: bool) -> Need:
+        neurons = self.facts.intermediate_size
+
+        def found() -> tuple[Selection, Index]:
+            mask = None if guess.needed is None else self.backend.marks(guess.needed)
+            selection = select(mask, neurons, self._window)
+            tiles = decode_tiles(selection.needed) if decode else prefill_tiles(selection.needed, neurons)
+            return selection, tiles
+
+        return Need(found, guess.needed if decode else None)
+
+    def _next(self, layer: int, residual: Buffer, rows: Rows) -> Need | None:
         """Whom the next layer will probably need: its predictor on what is known before this layer's output."""
         if rows.total > 1 or layer >= self.facts.num_layers or not self.weights.looks_ahead:
             return None
         x = self._norm(residual, f"layers.{layer}.ffn.norm") if self.facts.norms_inputs else residual
         if self._mixture is not None:
             return self._mixture.expected(layer, x)
-        named = self._predictor.guess(layer, x, Span(0, 1)).needed
-        return None if named is None else np.flatnonzero(named[0])
+        guess = self._predictor.guess(layer, x, Span(0, 1))
+        return None if guess.needed is None else self._need(guess, decode=True)
 
     def _limit(self, gate: Buffer, guess: Guess, rows: Rows) -> None:
         """Take out who was read for another token of the step only. In decode nobody is, but of a known product."""
@@ -244,7 +244,8 @@ class Decoder:
 
     def _seen(self, x: Buffer, gate: Buffer, guess: Guess, rows: Rows) -> Seen:
         inputs, products = (self.backend.products(y, rows.skip, rows.count) for y in (x, gate))
+        needed = None if guess.needed is None else self.backend.marks(guess.needed)
         if self.facts.sparse:
-            return Seen(inputs, products, products > np.float32(self.facts.fires_above), guess.needed)
-        active = np.ones(products.shape, dtype=bool) if guess.needed is None else guess.needed
-        return Seen(inputs, products, active, guess.needed)
+            return Seen(inputs, products, products > np.float32(self.facts.fires_above), needed)
+        active = np.ones(products.shape, dtype=bool) if needed is None else needed
+        return Seen(inputs, products, active, needed)

@@ -7,7 +7,8 @@ buffer is as wide as a layer has neurons.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from flashinfer.backend import Buffer, Bundle
 from flashinfer.config import EXPERT_WORK, TILE_NEURONS, TILE_ROWS
 from flashinfer.model.rows import Rows
-from flashinfer.model.weights import Group, Weights, unit_tiles
+from flashinfer.model.weights import Ahead, Group, Need, Weights, decode_tiles, unit_tiles
 from flashinfer.predict import Matrices, Router, Selection, Span
 from flashinfer.store import Experts, Facts
 
@@ -55,20 +56,19 @@ class Mixture:
         """What the step's tokens take of each expert, as `Router.shares`."""
         return self._router.shares(layer, x, Span(rows.skip, rows.count))
 
-    def run(
-        self, layer: int, x: Buffer, shares: Floats, rows: Rows, bundle: Bundle, guess: Callable[[], Index | None]
-    ) -> Buffer:
-        """What the experts add, `[rows.total, hidden]`. x: the layer's FFN input. guess: see `Weights.neurons`."""
+    def run(self, layer: int, x: Buffer, shares: Floats, rows: Rows, bundle: Bundle, guess: Ahead) -> Buffer:
+        """What the experts add, `[rows.total, hidden]`. x: the layer's FFN input."""
         experts, backend = self._facts.routed(layer), self._weights.backend
         assert experts is not None
-        selection, tiles = self._select(shares, experts)
+        need = self._need(shares, experts)
+        tiles = need.tiles
         owners = np.minimum(tiles[:, 0] // experts.size, experts.count)
         every = np.zeros((experts.columns, rows.total), dtype=np.float32)
         every[:, rows.skip : rows.skip + rows.count] = shares.T
         out = self._biases(layer, every[: experts.count])
-        for group in self._weights.neurons(layer, selection, tiles, guess):
+        for group in self._weights.neurons(layer, need, guess):
             if rows.total == 1:
-                self._add(out, x, tiles, every[owners[group.first : group.last]], group, bundle)
+                self._add(out, x, every[owners[group.first : group.last]], group, bundle)
                 continue
             for part in _by_owner(group, owners):
                 shared = every[owners[part.first]]
@@ -76,15 +76,15 @@ class Mixture:
                 if not len(who):
                     continue
                 acc, weights = backend.take(out, who), np.tile(shared[who], (part.last - part.first, 1))
-                self._add(acc, backend.take(x, who), tiles, weights, part, bundle)
+                self._add(acc, backend.take(x, who), weights, part, bundle)
                 backend.put(out, who, acc)
         return out
 
-    def _add(self, acc: Buffer, x: Buffer, tiles: Index, weights: Floats, group: Group, bundle: Bundle) -> None:
+    def _add(self, acc: Buffer, x: Buffer, weights: Floats, group: Group, bundle: Bundle) -> None:
         """Add what a group's neurons give for x, `[tokens, hidden]`. weights: of its tiles, `[tiles, tokens]`."""
         backend, tokens = self._weights.backend, weights.shape[1]
         for part in _parts(group, tokens):
-            some = _numbered(tiles[part.first : part.last])
+            some = _numbered(part.index)
             gate = backend.zeros(tokens, len(some) * TILE_ROWS)
             backend.decide(gate, x, some, part.memory, part.offsets, bundle)
             fired = backend.fire(gate, self._facts.activation, some, self._facts.fires_above)
@@ -106,12 +106,16 @@ class Mixture:
         owners = np.minimum(np.arange(experts.neurons) // experts.size, experts.count)
         return np.asarray((shares != 0)[:, owners])
 
-    def expected(self, layer: int, x: Buffer) -> Index:
-        """Whom one token with that input needs; of a dense layer that is everyone."""
+    def expected(self, layer: int, x: Buffer) -> Need:
+        """What one token with that input needs; of a dense layer that is everyone."""
         experts = self._facts.routed(layer)
         if experts is None:
-            return np.arange(self._facts.neurons(layer))
-        return neurons_of(np.flatnonzero(self._router.shares(layer, x, Span(0, 1))[0]), experts)
+            every = np.arange(self._facts.neurons(layer))
+            return Need(lambda: (Selection(every), decode_tiles(every)))
+        return self._need(self._router.shares(layer, x, Span(0, 1)), experts)
+
+    def _need(self, shares: Floats, experts: Experts) -> Need:
+        return Need(partial(self._select, shares, experts))
 
     def _select(self, shares: Floats, experts: Experts) -> tuple[Selection, Index]:
         """The neurons the step needs, and their tiles."""
@@ -129,7 +133,8 @@ class Mixture:
 
 
 def _part(group: Group, first: int, last: int) -> Group:
-    return Group(first, last, group.memory, group.offsets[first - group.first : last - group.first])
+    some = slice(first - group.first, last - group.first)
+    return Group(first, last, group.memory, group.index[some], group.offsets[some])
 
 
 def _parts(group: Group, tokens: int) -> Iterator[Group]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +18,7 @@ from flashinfer.model.arena import Arena
 from flashinfer.model.reads import Reading, Reads
 from flashinfer.model.slots import Slots
 from flashinfer.model.stream import Piece, Stream
-from flashinfer.model.weights import Group, decode_tiles, no_guess
-from flashinfer.predict import Selection
+from flashinfer.model.weights import Ahead, Group, Need, decode_tiles, no_guess
 from flashinfer.store import Geometry
 
 Index = npt.NDArray[np.int64]
@@ -101,15 +100,13 @@ class NeuronStore:
     def read_from(self, stream: Stream) -> None:
         """Nothing is taken from the stream."""
 
-    def groups(
-        self, index: int, selection: Selection, tiles: Index, guess: Callable[[], Index | None] = no_guess
-    ) -> Iterator[Group]:
-        """See `model.weights.Weights.neurons`. The cache has the selection's records when the last group is out."""
+    def groups(self, index: int, need: Need, guess: Ahead = no_guess) -> Iterator[Group]:
+        """See `model.weights.Weights.neurons`. The cache has the need's records when the last group is out."""
         g = self._layers[index].geometry
         with self._ledger.planning():
-            recent = [g.records_of(neurons) for neurons in selection.recent]
-            needed = g.records_of(selection.needed)
-        yield from self._whole_step(index, needed, recent, tiles, guess)
+            recent = [g.records_of(neurons) for neurons in need.selection.recent]
+            needed = g.records_of(need.selection.needed)
+        yield from self._whole_step(index, needed, recent, need.tiles, guess)
 
     def _settle(self) -> None:
         self._reads.settle()
@@ -117,7 +114,7 @@ class NeuronStore:
             self._guesses.settle()
 
     def _whole_step(
-        self, index: int, needed: Index, recent: list[Index], tiles: Index, guess: Callable[[], Index | None] = no_guess
+        self, index: int, needed: Index, recent: list[Index], tiles: Index, guess: Ahead = no_guess
     ) -> Iterator[Group]:
         """A step that is made to its end, or else leaves the layer as it was at the beginning."""
         self._reads.settle()
@@ -148,9 +145,7 @@ class NeuronStore:
 
     # -- one step
 
-    def _step(
-        self, index: int, needed: Index, recent: list[Index], tiles: Index, guess: Callable[[], Index | None]
-    ) -> Iterator[Group]:
+    def _step(self, index: int, needed: Index, recent: list[Index], tiles: Index, guess: Ahead) -> Iterator[Group]:
         """Decide, then read in batches: each is computed while the next one is read into the other half."""
         layer, account = self._layers[index], self._ledger.current
         with self._ledger.planning():
@@ -168,7 +163,7 @@ class NeuronStore:
             missing = change.misses[place[change.misses] == MISSING]
             batches = self._batches(layer, missing, tiles, place)
             account.useful_bytes += len(missing) * layer.geometry.record_bytes
-        following: Index | None = None
+        following: Need | None = None
         for i, batch in enumerate(batches):
             for ahead in batches[i : i + 2]:
                 self._submit(ahead)
@@ -181,15 +176,16 @@ class NeuronStore:
             place[batch.plan.records] = self._staging + batch.half * self._half + batch.plan.places
             self._insert(index, change, place, arrived)
             with self._ledger.planning():
-                offsets = _offsets(layer.geometry, tiles[batch.first : batch.last], place)
-            yield Group(batch.first, batch.last, self._arena, offsets)
+                some = tiles[batch.first : batch.last]
+                offsets = _offsets(layer.geometry, some, place)
+            yield Group(batch.first, batch.last, self._arena, some, offsets)
 
-    def _guess(self, index: int, neurons: Index) -> None:
+    def _guess(self, index: int, need: Need) -> None:
         """Read what of these has no slot before the layer asks for it."""
         if self._guesses is not None and index < len(self._layers):
             layer = self._layers[index]
             with self._ledger.planning():
-                records = layer.geometry.records_of(neurons)
+                records = layer.geometry.records_of(need.selection.needed)
                 absent = records[layer.policy.slot_of[records] < 0]
             self._guesses.submit(index, absent)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +17,7 @@ from flashinfer.model.neurons import NEURON_FILE
 from flashinfer.model.reads import Reads
 from flashinfer.model.slots import Slots
 from flashinfer.model.stream import Piece, Stream
-from flashinfer.model.weights import Group, no_guess, unit_tiles
-from flashinfer.predict import Selection
+from flashinfer.model.weights import Ahead, Group, Need, no_guess, unit_tiles
 from flashinfer.store import Geometry
 
 Index = npt.NDArray[np.int64]
@@ -85,11 +84,9 @@ class PinnedNeurons:
     def close(self) -> None:
         """Nothing is under way but what the stream awaits."""
 
-    def groups(
-        self, layer: int, selection: Selection, tiles: Index, guess: Callable[[], Index | None] = no_guess
-    ) -> Iterator[Group]:
-        """See `model.weights.Weights.neurons`; `tiles` are all neurons in order. Nothing is left to guess."""
-        assert len(selection.needed) == self._geometries[layer].neurons
+    def groups(self, layer: int, need: Need, guess: Ahead = no_guess) -> Iterator[Group]:
+        """See `model.weights.Weights.neurons`; needed are all, tiles are in order. Nothing is left to guess."""
+        assert len(need.selection.needed) == self._geometries[layer].neurons
         records, account = self._geometries[layer].records, self._ledger.current
         account.hits += self._slots.total[layer]
         account.misses += records - self._slots.total[layer]
@@ -98,7 +95,7 @@ class PinnedNeurons:
             if run.piece is not None:
                 assert self._stream is not None
                 offsets = offsets + run.streamed * (self._arena.ring + self._stream.take(run.piece.key))
-            yield Group(run.first, run.last, self._arena.bytes, offsets)
+            yield Group(run.first, run.last, self._arena.bytes, need.tiles[run.first : run.last], offsets)
         if self._stream is not None and self.pieces(layer):
             self._stream.release()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +20,7 @@ from flashinfer.model.pinned import PinnedNeurons
 from flashinfer.model.slots import Slots
 from flashinfer.model.stream import Piece, Stream
 from flashinfer.model.uploads import UploadedNeurons, Uploads
-from flashinfer.model.weights import Group, no_guess
-from flashinfer.predict import Selection
+from flashinfer.model.weights import Ahead, Group, Need, no_guess
 from flashinfer.store import Facts, Geometry, Manifest, NeuronLayer, TensorEntry
 
 Index = npt.NDArray[np.int64]
@@ -115,11 +114,9 @@ class StreamedWeights:
         """What a bundle of that layer looks like."""
         return self._bundles[layer]
 
-    def neurons(
-        self, layer: int, selection: Selection, tiles: Index, guess: Callable[[], Index | None] = no_guess
-    ) -> Iterator[Group]:
+    def neurons(self, layer: int, need: Need, guess: Ahead = no_guess) -> Iterator[Group]:
         """See `model.weights.Weights.neurons`."""
-        return self._groups(layer, selection, tiles, guess)
+        return self._groups(layer, need, guess)
 
     def close(self) -> None:
         """Drop all weights. Nothing is in flight afterwards."""

@@ -11,11 +11,10 @@ import numpy.typing as npt
 from flashinfer.backend import Bundle, Copies
 from flashinfer.ledger import Ledger
 from flashinfer.model.arena import Arena, Bytes, DeviceArena
-from flashinfer.model.weights import Group, no_guess
-from flashinfer.predict import Selection
+from flashinfer.model.weights import Ahead, Group, Need, no_guess
 
 Index = npt.NDArray[np.int64]
-Groups = Callable[[int, Selection, Index, Callable[[], Index | None]], Iterator[Group]]
+Groups = Callable[[int, Need, Ahead], Iterator[Group]]
 
 
 class Uploads:
@@ -98,12 +97,10 @@ class UploadedNeurons:
     def __init__(self, inner: Groups, uploads: Uploads, arena: Arena, bundles: Sequence[Bundle]) -> None:
         self._inner, self._uploads, self._arena, self._bundles = inner, uploads, arena, bundles
 
-    def groups(
-        self, layer: int, selection: Selection, tiles: Index, guess: Callable[[], Index | None] = no_guess
-    ) -> Iterator[Group]:
+    def groups(self, layer: int, need: Need, guess: Ahead = no_guess) -> Iterator[Group]:
         """See `model.weights.Weights.neurons`."""
         self._uploads.wait()  # a step that was abandoned may have left some under way
-        for group in self._inner(layer, selection, tiles, guess):
+        for group in self._inner(layer, need, guess):
             yield from self._parts(group, self._bundles[layer].bytes)
             self._uploads.wait()
 
@@ -119,4 +116,5 @@ class UploadedNeurons:
             places = np.where(offsets > 0, start + np.searchsorted(needed, offsets) * size, 0)
             places = np.where(offsets < host, places, offsets - host)
             at = group.first + first
-            yield Group(at, at + len(offsets), self._uploads.arena.memory, places)
+            index = group.index[first : first + step]
+            yield Group(at, at + len(offsets), self._uploads.arena.memory, index, places)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from flashinfer.backend import Backend, Buffer, Bundle
+from flashinfer.backend import Backend, Buffer, Bundle, Flags
 from flashinfer.config import TILE_NEURONS
 from flashinfer.predict import Selection
 
@@ -33,14 +34,54 @@ def unit_tiles(units: Index, unit: int, neurons: int) -> Index:
     return tiles[tiles[:, 0] >= 0]
 
 
-def no_guess() -> Index | None:
+def prefill_tiles(needed: Index, neurons: int) -> Index:
+    """Tiles of consecutive neuron indices, each neuron at the same place whatever the chunk; tiles that nobody
+    needs are left out (they would add exact zeros), other neurons that nobody needs are -1."""
+    tiles = np.full((-(-neurons // TILE_NEURONS), TILE_NEURONS), -1, dtype=np.int64)
+    tiles.reshape(-1)[needed] = needed
+    return tiles[(tiles >= 0).any(axis=1)]
+
+
+class Need:
+    """The neurons that a step needs of a layer. They come to the host when `selection` or `tiles` is looked at.
+
+    Args:
+        flags: who is needed where arithmetic is, of one token; None: only `found` knows.
+        found: who is needed, and the tiles they are computed in; called at most once.
+    """
+
+    def __init__(self, found: Callable[[], tuple[Selection, Index]], flags: Flags | None = None) -> None:
+        self._found, self.flags = found, flags
+
+    @cached_property
+    def _both(self) -> tuple[Selection, Index]:
+        return self._found()
+
+    @property
+    def selection(self) -> Selection:
+        """Who is needed."""
+        return self._both[0]
+
+    @property
+    def tiles(self) -> Index:
+        """`[n, TILE_NEURONS]`: original indices, -1 for padding or a neuron nobody needs (its bytes read as zeros)."""
+        return self._both[1]
+
+
+Ahead = Callable[[], Need | None]
+"""Called at most once, while reads are under way: what the next layer will probably need, which may then be read before
+it is asked for; None where there is no telling."""
+
+
+def no_guess() -> Need | None:
     """Nothing is known of the next layer."""
     return None
 
 
 @dataclass(frozen=True)
 class Group:
-    """Tiles first .. last whose neurons' bytes are in `memory` now, at `offsets` `[last - first, TILE_NEURONS]`.
+    """Tiles first .. last of a need: neurons `index` `[last - first, TILE_NEURONS]`, -1 for padding, whose bytes are in
+    `memory` now, at `offsets` of the same shape. Both are on the host, or where arithmetic is.
 
     Valid until the next group is asked for.
     """
@@ -48,6 +89,7 @@ class Group:
     first: int
     last: int
     memory: npt.NDArray[np.uint8]
+    index: Index
     offsets: Index
 
 
@@ -83,13 +125,6 @@ class Weights(Protocol):
         """What a bundle of that layer looks like."""
         ...
 
-    def neurons(
-        self, layer: int, selection: Selection, tiles: Index, guess: Callable[[], Index | None] = no_guess
-    ) -> Iterator[Group]:
-        """The bundles of the selected neurons. `tiles` `[n, TILE_NEURONS]`: original indices, -1 for padding or
-        for a neuron nobody needs (its bytes read as zeros). Groups come in tile order and cover every tile once.
-
-        guess: called at most once, while reads are under way: the neurons that the next layer will probably need
-        (sorted), which may then be read before they are asked for; None where there is no telling.
-        """
+    def neurons(self, layer: int, need: Need, guess: Ahead = no_guess) -> Iterator[Group]:
+        """The bundles of the neurons that are needed. Groups come in tile order and cover every tile once."""
         ...

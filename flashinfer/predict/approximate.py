@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from flashinfer.backend import Buffer
-from flashinfer.predict.base import Floats, Guess, Mask, Matrices, Span
+from flashinfer.predict.base import Floats, Guess, Matrices, Span
 
 Bounds = tuple[Floats, Floats, Floats]
 """Per neuron, on its decision product: the upper bound beyond which it fires, and the interval below in which it does,
@@ -24,13 +26,13 @@ class LowRank:
     name, exact = "low-rank", False
 
     def __init__(self, matrices: Matrices, factors: Sequence[str], shifts: Sequence[float]) -> None:
-        self._matrices, self._factors, self._shifts = matrices, factors, shifts
+        self._matrices, self._factors = matrices, factors
+        self._above = [float(np.float32(-shift)) for shift in shifts]
 
     def guess(self, layer: int, x: Buffer, span: Span) -> Guess:
         role = self._factors[layer]
         score = self._matrices.linear(f"{role}.b", self._matrices.linear(f"{role}.a", x))
-        named = self._matrices.backend.products(score, span.skip, span.count) > -self._shifts[layer]
-        return Guess(named, final=True)
+        return Guess(self._matrices.backend.exceeds(score, span.skip, span.count, self._above[layer]), final=True)
 
 
 class Threshold:
@@ -43,16 +45,10 @@ class Threshold:
     name, exact = "threshold", False
 
     def __init__(self, matrices: Matrices, decisions: Sequence[str], bounds: Sequence[Bounds]) -> None:
-        self._matrices, self._decisions, self._bounds = matrices, decisions, bounds
+        self._matrices, self._decisions = matrices, decisions
+        self._bounds = [tuple(map(matrices.backend.vector, some)) for some in bounds]
 
     def guess(self, layer: int, x: Buffer, span: Span) -> Guess:
         gate = self._matrices.linear(self._decisions[layer], x)
-        return Guess(
-            fires(self._matrices.backend.products(gate, span.skip, span.count), self._bounds[layer]), gate, True
-        )
-
-
-def fires(products: Floats, bounds: Bounds) -> Mask:
-    """Whose activation is beyond its threshold: `[tokens, neurons]`."""
-    high, low, up = bounds
-    return (products > high) | ((products > low) & (products < up))
+        high, low, up = self._bounds[layer]
+        return Guess(self._matrices.backend.exceeds(gate, span.skip, span.count, high, (low, up)), gate, True)

@@ -9,9 +9,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from flashinfer.backend import Backend, Buffer
+from flashinfer.backend import Backend, Buffer, Flags
 
-Mask = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float32]
 
 
@@ -28,25 +27,25 @@ class Matrices:
     """What a predictor may compute with: dense matrices by role, wherever they are.
 
     product: role of a matrix and input `[rows, in]` to their product `[rows, out]`. linear: the same for a role without
-    `.weight`, whose bias is added where there is one. vector: a resident vector on the host.
+    `.weight`, whose bias is added where there is one. vector: a resident vector.
     """
 
     backend: Backend
     product: Callable[[str, Buffer], Buffer]
     linear: Callable[[str, Buffer], Buffer]
-    vector: Callable[[str], Floats | None]
+    vector: Callable[[str], Buffer | None]
 
 
 @dataclass(frozen=True)
 class Guess:
     """What a predictor says of one layer and step.
 
-    needed: host `[tokens, neurons]`, whom each token may need; None is everyone. final: neurons that are not in
+    needed: `[tokens, neurons]`, whom each token may need; None is everyone. final: neurons that are not in
     a token's own set do not contribute to it, whatever their product is (else they are known to be zero). gate: the
     decision products of all neurons, where they are known already; None where they come with the bundles.
     """
 
-    needed: Mask | None
+    needed: Flags | None
     gate: Buffer | None = None
     final: bool = False
 

@@ -25,7 +25,8 @@ def build_predictor(choice: Choice, facts: Facts, separate: Sequence[bool], matr
     if choice.kind == "threshold":
         assert choice.level is not None
         found = [matrices.vector(f"layers.{i}.ffn.threshold") for i in layers]
-        scaled = [t * s for t, s in zip(found, choice.level.adjust, strict=True) if t is not None]
+        fetch = matrices.backend.fetch
+        scaled = [fetch(t) * s for t, s in zip(found, choice.level.adjust, strict=True) if t is not None]
         return Threshold(matrices, decisions, [bounds(facts.activation, t) for t in scaled])
     if choice.kind == "exact" and facts.sparse:
         return Exact(matrices, decisions, facts.fires_above)

@@ -19,11 +19,11 @@ class Exact:
     name, exact = "exact", True
 
     def __init__(self, matrices: Matrices, decisions: Sequence[str], threshold: float = 0.0) -> None:
-        self._matrices, self._decisions, self._threshold = matrices, decisions, np.float32(threshold)
+        self._matrices, self._decisions, self._threshold = matrices, decisions, float(np.float32(threshold))
 
     def guess(self, layer: int, x: Buffer, span: Span) -> Guess:
         gate = self._matrices.linear(self._decisions[layer], x)
-        return Guess(self._matrices.backend.products(gate, span.skip, span.count) > self._threshold, gate)
+        return Guess(self._matrices.backend.exceeds(gate, span.skip, span.count, self._threshold), gate)
 
 
 class Everything:
@@ -55,4 +55,4 @@ class Oracle:
 
     def guess(self, layer: int, x: Buffer, span: Span) -> Guess:
         tokens = self._matrices.backend.fetch(x)[span.skip : span.skip + span.count]
-        return Guess(self._truth(layer, tokens) > self._threshold)
+        return Guess(self._matrices.backend.flags(self._truth(layer, tokens) > self._threshold))

@@ -66,7 +66,8 @@ class Router:
     def __init__(self, matrices: Matrices, facts: Facts, per_token: int) -> None:
         self._matrices, self._facts, self._per_token = matrices, facts, per_token
         roles = (f"layers.{i}.ffn.router.correction" for i in range(facts.num_layers))
-        self._corrections = [matrices.vector(role) for role in roles]
+        found = (matrices.vector(role) for role in roles)
+        self._corrections = [None if c is None else matrices.backend.fetch(c) for c in found]
 
     def shares(self, layer: int, x: Buffer, span: Span) -> Floats:
         """What each token of a layer of experts takes of each: `[tokens, Experts.columns]`, the shared ones last.

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from flashinfer.backend import Backend, open_backend
+from flashinfer.backend.bounded import exceeds
 from flashinfer.config import BackendName
-from flashinfer.predict.approximate import fires
 from flashinfer.predict.criterion import bounds
 from flashinfer.quant import codec_named
 from flashinfer.store import Activation, Store
@@ -52,7 +52,8 @@ def _layer_kept(store: Store, backend: Backend, layer: int, inputs: Inputs, fact
         total += float(size.sum(dtype=np.float64))
         own = thresholds[first : first + decision.shape[1]].astype(np.float32)
         for n, factor in enumerate(factors):
-            chosen = fires(decision, bounds(activation, own * np.float32(factor)))
+            high, low, up = bounds(activation, own * np.float32(factor))
+            chosen = exceeds(decision, high, (low, up))
             kept[n] += size.sum(where=chosen, dtype=np.float64)
     return [float(share) for share in kept / total] if total else [1.0] * len(factors)
 

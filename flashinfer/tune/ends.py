@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 import numpy as np
@@ -12,8 +12,7 @@ from flashinfer.backend import Backend, Buffer, Bundle
 from flashinfer.config import TILE_TOKENS
 from flashinfer.model.decoder import Decoder
 from flashinfer.model.rows import prefill_rows
-from flashinfer.model.weights import Group, no_guess
-from flashinfer.predict import Selection
+from flashinfer.model.weights import Ahead, Group, Need, no_guess
 from flashinfer.store.geometry import round_up
 from flashinfer.tune.gather import Source
 from flashinfer.tune.layerwise import States, values_of
@@ -94,9 +93,7 @@ class _NoLayers:
     def bundle(self, layer: int) -> Bundle:
         raise AssertionError("there are no layers")
 
-    def neurons(
-        self, layer: int, selection: Selection, tiles: Ids, guess: Callable[[], Ids | None] = no_guess
-    ) -> Iterator[Group]:
+    def neurons(self, layer: int, need: Need, guess: Ahead = no_guess) -> Iterator[Group]:
         raise AssertionError("there are no layers")
 
     def _values(self, role: str, rows: Bytes) -> F32:

@@ -18,8 +18,7 @@ from flashinfer.backend import Backend, Buffer, Bundle, Part
 from flashinfer.errors import StoreError
 from flashinfer.model.decoder import Decoder
 from flashinfer.model.rows import prefill_rows
-from flashinfer.model.weights import Group, no_guess
-from flashinfer.predict import Selection
+from flashinfer.model.weights import Ahead, Group, Need, no_guess
 from flashinfer.store import Facts
 from flashinfer.store.files import writing
 from flashinfer.store.neurons import BundlePart
@@ -134,12 +133,10 @@ class _OneLayer:
     def bundle(self, layer: int) -> Bundle:
         return self._layer.bundle
 
-    def neurons(
-        self, layer: int, selection: Selection, tiles: Index, guess: Callable[[], Index | None] = no_guess
-    ) -> Iterator[Group]:
-        self.tiles, bundles = tiles, self._layer.bundles
-        offsets = np.where(tiles < 0, len(bundles) - 1, tiles) * self._layer.bundle.bytes
-        yield Group(0, len(tiles), bundles.reshape(-1).view(np.uint8), offsets)
+    def neurons(self, layer: int, need: Need, guess: Ahead = no_guess) -> Iterator[Group]:
+        self.tiles, bundles = need.tiles, self._layer.bundles
+        offsets = np.where(self.tiles < 0, len(bundles) - 1, self.tiles) * self._layer.bundle.bytes
+        yield Group(0, len(offsets), bundles.reshape(-1).view(np.uint8), self.tiles, offsets)
 
 
 class _Listening:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from flashinfer.backend import Backend, Bundle, Part, Scoring
+from flashinfer.backend.bounded import may_exceed
 from flashinfer.config import KV_CODECS, TILE_KEYS, TILE_NEURONS, KvType
 from flashinfer.quant import Codec, codec_named
 from flashinfer.store.facts import Activation, UpActivation
@@ -354,6 +355,33 @@ class BackendConformance:
         with pytest.raises(ValueError, match="read-only"):
             found[0, 0] = 1
 
+    def test_flags(self, backend: Backend) -> None:
+        mask = np.random.default_rng(1).random((3, 40)) < 0.5
+        found = backend.marks(backend.flags(mask))
+        assert found.dtype == bool
+        assert np.array_equal(found, mask)
+
+    def test_exceeds(self, backend: Backend) -> None:
+        x = normal(1, 5, 40)
+        x[2, :5] = np.nan, np.inf, -np.inf, 0.5, -0.0
+        high, low, up = (np.sort(normal(2, 3, 40), axis=0)[i] for i in (2, 0, 1))
+        placed, some = backend.place(x), x[1:4]
+        assert np.array_equal(backend.marks(backend.exceeds(placed, 1, 3, 0.5)), some > 0.5)
+        between = backend.vector(low), backend.vector(up)
+        found = backend.marks(backend.exceeds(placed, 1, 3, backend.vector(high), between))
+        assert np.array_equal(found, (some > high) | ((some > low) & (some < up)))
+
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_may_exceed(self, backend: Backend, bias: bool) -> None:
+        """As the twin has it, but for what is nearer than the bound's own rounding."""
+        x, y, biases = normal(1, 4, 24), normal(2, 4, 40) * 9, normal(3, 1, 40)[0]
+        slack = np.abs(normal(4, 1, 40)[0])
+        slack[:4], y[1, 7], y[2, 8], x[2, 1] = 0, np.nan, np.inf, 2.0**110
+        vectors = backend.vector(slack), backend.vector(biases) if bias else None
+        found = backend.may_exceed(backend.place(y), backend.place(x), 1, 3, *vectors, 0.5)
+        twin = [may_exceed(y[i], x[i], slack, biases if bias else None, 0.5) for i in (1, 2, 3)]
+        assert np.array_equal(backend.marks(found), np.stack(twin))
+
     def test_limit(self, backend: Backend) -> None:
         gate = normal(1, 5, 40)
         gate[2, :3] = np.nan, np.inf, -1
@@ -361,11 +389,11 @@ class BackendConformance:
         keep[0] = True
         keep[1, :3] = False
         placed = backend.place(gate)
-        backend.limit(placed, 1, keep)
+        backend.limit(placed, 1, backend.flags(keep))
         expected = gate.copy()
         expected[1:4][~keep] = 0
         assert same(backend.fetch(placed), expected)
-        backend.limit(placed, 5, keep[:0])
+        backend.limit(placed, 5, backend.flags(keep[:0]))
         assert same(backend.fetch(placed), expected)
 
     @pytest.mark.parametrize("codec", CODECS)

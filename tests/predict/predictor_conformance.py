@@ -38,7 +38,10 @@ class Weights:
         return out if bias is None else self.backend.add(out, self.backend.vector(bias))
 
     def view(self) -> Matrices:
-        return Matrices(self.backend, self.product, self.linear, self.vectors.get)
+        def vector(role: str) -> Buffer | None:
+            return self.backend.vector(self.vectors[role]) if role in self.vectors else None
+
+        return Matrices(self.backend, self.product, self.linear, vector)
 
 
 def decision_weights(backend: Backend, seed: int = 0) -> Weights:
@@ -80,17 +83,22 @@ class PredictorConformance:
         whole = weights.linear(f"layers.{layer}.ffn.gate", weights.backend.place(tokens))
         return weights.backend.fetch(whole)
 
-    def named(self, guess: Guess, tokens: int) -> npt.NDArray[np.bool_]:
+    def named(self, weights: Weights, guess: Guess, tokens: int) -> npt.NDArray[np.bool_]:
         if guess.needed is None:
             return np.ones((tokens, NEURONS), dtype=bool)
-        assert guess.needed.dtype == bool
-        assert guess.needed.shape == (tokens, NEURONS)
-        return guess.needed
+        found = weights.backend.marks(guess.needed)
+        assert found.dtype == bool
+        assert found.shape == (tokens, NEURONS)
+        return found
+
+    def all_named(self, weights: Weights, predictor: Predictor, tokens: Floats) -> npt.NDArray[np.bool_]:
+        """Of the first layer, by all of the tokens."""
+        return self.named(weights, self.guess(weights, predictor, 0, tokens, Span(0, len(tokens))), len(tokens))
 
     @pytest.mark.parametrize("layer", range(LAYERS))
     def test_an_exact_one_leaves_out_nobody_who_fires(self, weights: Weights, tokens: Floats, layer: int) -> None:
         predictor = self.make(weights)
-        named = self.named(self.guess(weights, predictor, layer, tokens, Span(0, len(tokens))), len(tokens))
+        named = self.named(weights, self.guess(weights, predictor, layer, tokens, Span(0, len(tokens))), len(tokens))
         fires = self.truth(weights, self.products(weights, layer, tokens))
         assert fires.any()
         if predictor.exact:
@@ -102,16 +110,16 @@ class PredictorConformance:
         predictor = self.make(weights)
         some = self.guess(weights, predictor, 0, tokens, Span(3, 5))
         whole = self.guess(weights, predictor, 0, tokens, Span(0, len(tokens)))
-        assert np.array_equal(self.named(some, 5), self.named(whole, len(tokens))[3:8])
+        assert np.array_equal(self.named(weights, some, 5), self.named(weights, whole, len(tokens))[3:8])
 
     def test_a_token_alone_is_told_the_same(self, weights: Weights, tokens: Floats) -> None:
         if not weights.backend.name.startswith("native"):
             pytest.skip("torch's products of one token and of several differ in their last bits")
         predictor = self.make(weights)
-        whole = self.named(self.guess(weights, predictor, 1, tokens, Span(0, len(tokens))), len(tokens))
+        whole = self.named(weights, self.guess(weights, predictor, 1, tokens, Span(0, len(tokens))), len(tokens))
         for i in range(len(tokens)):
             alone = self.guess(weights, predictor, 1, tokens[i : i + 1], Span(0, 1))
-            assert np.array_equal(self.named(alone, 1)[0], whole[i])
+            assert np.array_equal(self.named(weights, alone, 1)[0], whole[i])
 
     def test_products_that_are_known_are_the_true_ones(self, weights: Weights, tokens: Floats) -> None:
         guess = self.guess(weights, self.make(weights), 0, tokens, Span(0, len(tokens)))

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashinfer.backend import open_backend
+from flashinfer.backend.bounded import may_exceed
 from flashinfer.predict import Certified, Everything, Exact, LowRank, Oracle, Predictor, Span, Threshold
 from flashinfer.predict.approximate import Bounds
-from flashinfer.predict.certified import may_fire
 from flashinfer.predict.criterion import bounds
 from flashinfer.tune.sketch import sketch_rows
 from tests.predict.predictor_conformance import HIDDEN, LAYERS, NEURONS, PredictorConformance, Weights
@@ -25,15 +25,15 @@ class TestExact(PredictorConformance):
         return Exact(weights.view(), GATES)
 
     def test_nobody_else_is_named(self, weights: Weights, tokens: Floats) -> None:
-        guess = self.guess(weights, self.make(weights), 0, tokens, Span(0, len(tokens)))
-        assert np.array_equal(guess.needed, self.products(weights, 0, tokens) > 0)
+        named = self.all_named(weights, self.make(weights), tokens)
+        assert np.array_equal(named, self.products(weights, 0, tokens) > 0)
 
     def test_above_a_threshold(self, weights: Weights, tokens: Floats) -> None:
         """Exactly at it nobody fires."""
         products = self.products(weights, 0, tokens)
         for threshold in (0.5, float(products.max()), float(np.sort(products.reshape(-1))[-5])):
-            guess = self.guess(weights, Exact(weights.view(), GATES, threshold), 0, tokens, Span(0, len(tokens)))
-            assert np.array_equal(guess.needed, products > np.float32(threshold))
+            named = self.all_named(weights, Exact(weights.view(), GATES, threshold), tokens)
+            assert np.array_equal(named, products > np.float32(threshold))
 
 
 class TestEverything(PredictorConformance):
@@ -66,29 +66,23 @@ class TestCertified(PredictorConformance):
         return Certified(weights.view(), [role.replace("gate", "sketch") for role in GATES])
 
     def test_most_of_those_who_do_not_fire_are_left_out(self, weights: Weights, tokens: Floats) -> None:
-        named = self.guess(weights, self.make(weights), 0, tokens, Span(0, len(tokens))).needed
-        assert named is not None
+        named = self.all_named(weights, self.make(weights), tokens)
         assert named.mean() < 2 * (self.products(weights, 0, tokens) > 0).mean()
 
     @pytest.mark.parametrize("threshold", [0.25, 2.0])
     def test_nobody_above_a_threshold_is_left_out(self, weights: Weights, tokens: Floats, threshold: float) -> None:
         add_sketches(weights)
         sketches = [role.replace("gate", "sketch") for role in GATES]
-        found = [
-            self.guess(weights, Certified(weights.view(), sketches, t), 0, tokens, Span(0, len(tokens))).needed
-            for t in (threshold, 0.0)
-        ]
+        found = [self.all_named(weights, Certified(weights.view(), sketches, t), tokens) for t in (threshold, 0.0)]
         fires = self.products(weights, 0, tokens) > threshold
         assert fires.any()
         assert found[0][fires].all()
         assert found[0].sum() < found[1].sum()
 
     @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-    def test_what_is_not_a_number_may_fire(self, weights: Weights, tokens: Floats, bad: float) -> None:
+    def test_what_is_not_a_number_may_exceed(self, weights: Weights, tokens: Floats, bad: float) -> None:
         tokens[2, 5] = bad
-        named = self.guess(weights, self.make(weights), 0, tokens, Span(2, 1)).needed
-        assert named is not None
-        assert named.all()
+        assert self.named(weights, self.guess(weights, self.make(weights), 0, tokens, Span(2, 1)), 1).all()
 
 
 class TestLowRank(PredictorConformance):
@@ -105,11 +99,9 @@ class TestLowRank(PredictorConformance):
         return LowRank(weights.view(), [role.replace("gate", "lowrank") for role in GATES], [self.shift] * LAYERS)
 
     def test_a_larger_shift_names_more(self, weights: Weights, tokens: Floats) -> None:
-        before = self.guess(weights, self.make(weights), 0, tokens, Span(0, 16)).needed
+        before = self.all_named(weights, self.make(weights), tokens)
         self.shift = 5.0
-        after = self.guess(weights, self.make(weights), 0, tokens, Span(0, 16)).needed
-        assert before is not None
-        assert after is not None
+        after = self.all_named(weights, self.make(weights), tokens)
         assert after[before].all()
         assert after.sum() > before.sum()
 
@@ -126,7 +118,7 @@ class TestThreshold(PredictorConformance):
         return np.abs(wide / (1.0 + np.exp(-wide))) > 0.15
 
     def test_exactly_those_beyond_the_threshold(self, weights: Weights, tokens: Floats) -> None:
-        named = self.guess(weights, self.make(weights), 0, tokens, Span(0, 16)).needed
+        named = self.all_named(weights, self.make(weights), tokens)
         truth = self.truth(weights, self.products(weights, 0, tokens))
         assert 0 < truth.mean() < 1
         assert np.array_equal(named, truth)
@@ -155,11 +147,11 @@ def test_who_is_left_out_does_not_fire_whatever_the_order_of_the_sum(
     matrix = backend.matrix(raw.reshape(-1), "int8g32", *rows.shape, keep=False)
     backend.linear(out, 0, backend.place(x[None]), matrix)
     sketched = backend.fetch(out)[0]
-    named = may_fire(sketched, x, slack, None)
+    named = may_exceed(sketched, x, slack, None)
     backend.close()
     products = rows * x
     threshold = float(np.median(np.abs(rows @ x)))  # one of the products, or between two
-    above = may_fire(sketched, x, slack, None, threshold)
+    above = may_exceed(sketched, x, slack, None, threshold)
     orders = [products.sum(axis=1), products[:, ::-1].copy().cumsum(axis=1)[:, -1], rows @ x]
     for result in orders:
         assert named[result > 0].all()
