@@ -6,15 +6,15 @@ import importlib.util
 import logging
 
 from flashinfer import machine
-from flashinfer.backend.base import Backend, Buffer, Bundle, Flags, Part, Scoring
+from flashinfer.backend.base import Backend, Buffer, Bundle, Flags, Numbers, Part, Scoring
 from flashinfer.backend.copies import Copies, HostCopies
 from flashinfer.backend.footprint import Footprint
 from flashinfer.config import BackendName
 from flashinfer.errors import DeviceError
 
 __all__ = [
-    "APART", "Backend", "Buffer", "Bundle", "Copies", "Flags", "Footprint", "Part", "Scoring", "has_native",
-    "open_backend",
+    "APART", "Backend", "Buffer", "Bundle", "Copies", "Flags", "Footprint", "Numbers", "Part", "Scoring",
+    "has_native", "open_backend",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ positions (prefill), or some of such rows (`Backend.together`); `model.rows` mak
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +23,16 @@ from flashinfer.config import KvType
 from flashinfer.quant import Codec
 from flashinfer.store.facts import Activation, UpActivation
 
+if TYPE_CHECKING:
+    from flashinfer.backend.bookkeeping import Bookkeeping, Tiers
+
 Buffer = Any
 """Opaque outside its backend."""
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 Index = npt.NDArray[np.int64]
+Numbers = Index | Any
+"""On the host, or where arithmetic is, as `Bookkeeping` makes them."""
 Mask = npt.NDArray[np.bool_]
 Flags = Any
 """Bools `[tokens, width]` where arithmetic is; opaque outside its backend."""
@@ -201,7 +206,7 @@ class Backend(Protocol):
         """Flags on the host, read-only."""
         ...
 
-    def decide(self, gate: Buffer, x: Buffer, index: Index, memory: Bytes, offsets: Index, bundle: Bundle) -> None:
+    def decide(self, gate: Buffer, x: Buffer, index: Numbers, memory: Bytes, offsets: Numbers, bundle: Bundle) -> None:
         """`gate[:, index[t, n]] += x @ row + bias` for the decision rows in the bundles, the right side with the bits
         that `linear` and `add` give on the whole matrix. `index` int64 `[tiles, TILE_NEURONS]`, each neuron at most
         once, -1: nothing; `memory`, `offsets`: see `ffn`. Writes `gate`; what is not named stays."""
@@ -212,7 +217,7 @@ class Backend(Protocol):
         ...
 
     def fire(
-        self, gate: Buffer, activation: Activation | UpActivation | None, index: Index, threshold: float = 0.0
+        self, gate: Buffer, activation: Activation | UpActivation | None, index: Numbers, threshold: float = 0.0
     ) -> Buffer:
         """Activated decision products in tiles (None: as they are): `index` int64 `[tiles, TILE_NEURONS]`, -1 pads with
         zero. `threshold`: of the activations that have one. Result `[tiles, tokens, TILE_NEURONS]`."""
@@ -223,9 +228,13 @@ class Backend(Protocol):
         meets. Writes `fired`."""
         ...
 
-    def ffn(self, acc: Buffer, x: Buffer, fired: Buffer, memory: Bytes, offsets: Index, bundle: Bundle) -> None:
+    def ffn(self, acc: Buffer, x: Buffer, fired: Buffer, memory: Bytes, offsets: Numbers, bundle: Bundle) -> None:
         """Add the neurons' outputs to `acc`, tile by tile in order. `memory` holds the bundles, the bundle
         of `fired[t, :, n]` at byte `offsets[t, n]` (`[tiles, TILE_NEURONS]`). Writes `acc`."""
+        ...
+
+    def bookkeeping(self, tiers: Tiers) -> Bookkeeping | None:
+        """Slots of a layer that are kept where arithmetic is; None where the host keeps them better."""
         ...
 
     def copy(self, memory: Bytes, targets: Index, sources: Index, size: int) -> None:

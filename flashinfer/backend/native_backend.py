@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashinfer.backend.base import PLAIN, Bundle, Bytes, Floats, Index, Mask, Part, Scoring
+from flashinfer.backend.bookkeeping import Bookkeeping, Tiers
 from flashinfer.backend.bounded import exceeds, may_exceed
 from flashinfer.backend.copies import Copies
 from flashinfer.backend.footprint import NATIVE
@@ -213,6 +214,9 @@ class NativeBackend:
         with np.errstate(invalid="ignore"):  # infinity times zero, which is zero here
             np.multiply(fired, weights[:, :, None], out=fired)
         fired[weights == 0] = 0.0
+
+    def bookkeeping(self, tiers: Tiers) -> Bookkeeping | None:
+        return None
 
     def copy(self, memory: Bytes, targets: Index, sources: Index, size: int) -> None:
         self._engine.copy(memory, targets, sources, size)

@@ -18,14 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashinfer.backend.base import PLAIN, Bundle, Bytes, Floats, Index, Mask, Part, Scoring
+from flashinfer.backend.base import PLAIN, Bundle, Bytes, Floats, Index, Mask, Numbers, Part, Scoring
+from flashinfer.backend.bookkeeping import Bookkeeping, Tiers
 from flashinfer.backend.bounded import OVERFLOW, UNDERFLOW, WIDER
 from flashinfer.backend.copies import Copies, Memory
 from flashinfer.backend.footprint import TORCH
 from flashinfer.backend.torch_copies import CudaCopies
 from flashinfer.backend.torch_cuda import open_card
+from flashinfer.backend.torch_tiers import TensorTiers
 from flashinfer.backend.torch_tiles import Kv, activated, attend_tile, times
-from flashinfer.backend.torch_weights import Matrix, as_tensor, row_bytes, unpack
+from flashinfer.backend.torch_weights import Matrix, as_tensor, here, row_bytes, there, unpack
 from flashinfer.config import KV_CODECS, TILE_KEYS, TILE_NEURONS, TILE_ROWS, TILE_TOKENS, KvType
 from flashinfer.quant import Codec
 from flashinfer.store.facts import Activation, UpActivation
@@ -199,16 +201,16 @@ class TorchBackend:
         host.flags.writeable = False
         return host
 
-    def decide(self, gate: Tensor, x: Tensor, index: Index, memory: Memory, offsets: Index, bundle: Bundle) -> None:
-        named, at = index.reshape(-1), offsets.reshape(-1)
+    def decide(self, gate: Tensor, x: Tensor, index: Numbers, memory: Memory, offsets: Numbers, bundle: Bundle) -> None:
+        named, at = (here(a).reshape(-1) for a in (index, offsets))
         order = np.argsort(named, kind="stable")
         order = order[named[order] >= 0]
         tiles = named[order] // TILE_ROWS
         groups = np.split(order, np.flatnonzero(np.diff(tiles)) + 1) if len(order) else []
-        there = as_tensor(memory)
+        raw = as_tensor(memory)
 
         def tile(i: int) -> None:
-            self._decide_tile(gate, x, named[groups[i]], at[groups[i]], there, bundle)
+            self._decide_tile(gate, x, named[groups[i]], at[groups[i]], raw, bundle)
 
         self._spread(len(groups), TILE_ROWS * x.numel(), tile)
 
@@ -270,9 +272,9 @@ class TorchBackend:
         gate[skip : skip + len(keep)].masked_fill_(~keep, 0.0)
 
     def fire(
-        self, gate: Tensor, activation: Activation | UpActivation | None, index: Index, threshold: float = 0.0
+        self, gate: Tensor, activation: Activation | UpActivation | None, index: Numbers, threshold: float = 0.0
     ) -> Tensor:
-        at = torch.from_numpy(index).to(self._device)
+        at = there(index, self._device)
         picked = gate[:, at.clamp(min=0)].permute(1, 0, 2).contiguous()
         active = picked if activation is None else activated(picked, activation, threshold)
         return active.masked_fill_((at < 0)[:, None, :], 0.0)
@@ -281,14 +283,17 @@ class TorchBackend:
         factors = torch.from_numpy(weights).to(self._device)[:, :, None]
         fired.mul_(factors).masked_fill_(factors == 0, 0.0)
 
+    def bookkeeping(self, tiers: Tiers) -> Bookkeeping | None:
+        return None if self.copies is None else TensorTiers(tiers, self._device)
+
     def copy(self, memory: Bytes, targets: Index, sources: Index, size: int) -> None:
         for to, at in zip(targets.tolist(), sources.tolist(), strict=True):
             memory[to : to + size] = memory[at : at + size]
 
-    def ffn(self, acc: Tensor, x: Tensor, fired: Tensor, memory: Memory, offsets: Index, bundle: Bundle) -> None:
-        there = as_tensor(memory)
-        at = torch.from_numpy(offsets).to(there.device)
-        bundles = there.as_strided((there.numel() - bundle.bytes + 1, bundle.bytes), (1, 1))
+    def ffn(self, acc: Tensor, x: Tensor, fired: Tensor, memory: Memory, offsets: Numbers, bundle: Bundle) -> None:
+        raw = as_tensor(memory)
+        at = there(offsets, raw.device)
+        bundles = raw.as_strided((raw.numel() - bundle.bytes + 1, bundle.bytes), (1, 1))
         wave = self.threads if self._pool is not None else 1
         work = TILE_NEURONS * bundle.bytes * len(acc) * wave
         for start in range(0, len(offsets), wave):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashinfer.backend.base import Bytes
+from flashinfer.backend.base import Bytes, Index
 from flashinfer.backend.footprint import UNPACK_PARTS
 from flashinfer.backend.torch_codes import unpack_codes
 from flashinfer.quant import Codec, Grouped, LlmInt8, codec_named
@@ -34,6 +34,17 @@ class Matrix:
 def as_tensor(memory: Bytes | Tensor) -> Tensor:
     """Bytes of the host or of the device, as a tensor over them."""
     return memory if isinstance(memory, Tensor) else torch.from_numpy(memory)
+
+
+def there(numbers: Index | Tensor, device: torch.device) -> Tensor:
+    """Numbers of the host or of the device, on that device."""
+    return numbers if isinstance(numbers, Tensor) else torch.from_numpy(numbers).to(device)
+
+
+def here(numbers: Index | Tensor) -> Index:
+    """Numbers of the host or of the device, on the host."""
+    found: Index = numbers.cpu().numpy() if isinstance(numbers, Tensor) else numbers
+    return found
 
 
 def row_bytes(codec: str | Codec, elements: int) -> int:

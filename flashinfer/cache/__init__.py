@@ -1,13 +1,15 @@
 """What stays in the slots: a policy decides, somebody else moves the bytes."""
 
 from flashinfer.cache.always_miss import AlwaysMiss
+from flashinfer.cache.device import Chosen, DeviceTieredCache, device_cache
 from flashinfer.cache.policy import Change, Policy
 from flashinfer.cache.tiers import TieredCache, exchange
 from flashinfer.cache.window import WindowCache
 from flashinfer.config import Retention
 
 __all__ = [
-    "AlwaysMiss", "Change", "Policy", "TieredCache", "WindowCache", "exchange", "tiered_cache", "window_cache",
+    "AlwaysMiss", "Change", "Chosen", "DeviceTieredCache", "Policy", "TieredCache", "WindowCache", "device_cache",
+    "exchange", "tiered_cache", "window_cache",
 ]  # fmt: skip
 
 

@@ -12,13 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from flashinfer.backend import Backend
-from flashinfer.cache import Change, exchange
+from flashinfer.backend.bookkeeping import Bookkeeping
+from flashinfer.cache import Change, Chosen, exchange
 from flashinfer.io import plan_range
 from flashinfer.ledger import Ledger
 from flashinfer.memory import Plan
 from flashinfer.model.arena import Arena
 from flashinfer.model.reads import Reads
 from flashinfer.model.uploads import Uploads
+from flashinfer.model.weights import Group
 from flashinfer.store import Geometry
 
 Index = npt.NDArray[np.int64]
@@ -83,6 +85,23 @@ class Slots:
             uploads.put(aside, self._arena.bytes, start[up], size)
             uploads.fetch(self._arena.bytes, to[down], self._there(start[down]), size)
             uploads.move(self._there(to[up]), aside, size)
+
+    def passes(self, layer: int, records: int) -> bool:
+        """Whether so many records pass to the device at once."""
+        assert self._uploads is not None
+        return records * self._sizes[layer] <= self._uploads.arena.half
+
+    def group(self, layer: int, core: Bookkeeping, chosen: Chosen, records: Index, sources: Index) -> Group:
+        """All tiles of a choice at once: near ones where they are, and these records, which are at these places of the
+        arena, in a half of the device's memory."""
+        uploads, size = self._uploads, self._sizes[layer]
+        assert uploads is not None
+        places = (uploads.turn() if len(records) else 0) + np.arange(len(records)) * size
+        uploads.put(places, self._arena.bytes, sources, size)
+        uploads.lead()
+        tiles = core.tiles(chosen.neurons)
+        offsets = core.offsets(tiles, uploads.arena.slots[layer], size, records, places)
+        return Group(0, chosen.tiles, uploads.arena.memory, tiles, offsets)
 
     def load(self, layer: int, reads: Reads, alignment: int, max_extent: int) -> Index:
         """Fill the slots with the layer's first records, as far as they reach; slot i has record `load(...)[i]`.

@@ -80,7 +80,7 @@ class StreamedWeights:
         if needs_all(manifest, choice, mode):
             self._neurons = PinnedNeurons(geometries, reader, plan, run, ledger, self._arena, slots)
         else:
-            self._neurons = NeuronStore(geometries, reader, plan, run, mode, ledger, self._arena, slots)
+            self._neurons = NeuronStore(geometries, reader, plan, run, mode, ledger, self._arena, slots, backend)
         pieces = in_order(self._dense.pieces(), [self._neurons.pieces(i) for i in range(len(geometries))])
         self._stream = Stream(self._arena.bytes[self._arena.ring : self._arena.end], pieces)
         self._dense.read_from(self._stream)

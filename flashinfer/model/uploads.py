@@ -91,18 +91,26 @@ class UploadedNeurons:
     """A store of neurons whose bundles are copied to the device for each step (see `model.weights.Weights.neurons`),
     but for those that are there (`model.slots`).
 
-    Of a group as many tiles as a half holds are computed at once, so groups here are parts of those there.
+    Of a group as many tiles as a half holds are computed at once, so groups here are parts of those there. One that is
+    on the device already goes as it is, and is not waited for: who writes to the host's bytes next waits.
     """
 
     def __init__(self, inner: Groups, uploads: Uploads, arena: Arena, bundles: Sequence[Bundle]) -> None:
         self._inner, self._uploads, self._arena, self._bundles = inner, uploads, arena, bundles
+        self._abandoned = False
 
     def groups(self, layer: int, need: Need, guess: Ahead = no_guess) -> Iterator[Group]:
         """See `model.weights.Weights.neurons`."""
-        self._uploads.wait()  # a step that was abandoned may have left some under way
+        if self._abandoned:
+            self._uploads.wait()  # it may have left some under way
+        self._abandoned = True
         for group in self._inner(layer, need, guess):
+            if group.memory is not self._arena.bytes:
+                yield group
+                continue
             yield from self._parts(group, self._bundles[layer].bytes)
             self._uploads.wait()
+        self._abandoned = False
 
     def _parts(self, group: Group, size: int) -> Iterator[Group]:
         """The group's tiles on the device. size: bytes of a bundle."""

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from flashinfer.backend import Backend, Buffer, Bundle, Flags
+from flashinfer.backend import Backend, Buffer, Bundle, Flags, Numbers
 from flashinfer.config import TILE_NEURONS
 from flashinfer.predict import Selection
 
@@ -89,8 +89,8 @@ class Group:
     first: int
     last: int
     memory: npt.NDArray[np.uint8]
-    index: Index
-    offsets: Index
+    index: Numbers
+    offsets: Numbers
 
 
 class Weights(Protocol):

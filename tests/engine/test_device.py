@@ -184,6 +184,34 @@ def test_records_change_tiers_without_a_read(stores) -> None:
             return
 
 
+@pytest.mark.parametrize(("room", "fits"), [(200_000, True), (0, False)])
+def test_who_is_needed_stays_on_the_device(stores, monkeypatch: pytest.MonkeyPatch, room: int, fits: bool) -> None:
+    """In decode only what changes comes to the host, unless what must be read does not fit the buffers at once."""
+    run, store = RunConfig(backend="torch", threads=1), stores["sparse"]
+    host, there = floors(store, run, "cached")
+    asked: list[int] = []
+
+    def noted(self: torch_backend.TorchBackend, flags: Any) -> Any:
+        asked.append(len(flags))
+        return flags.numpy()
+
+    monkeypatch.setattr(torch_backend.TorchBackend, "marks", noted)
+    cap = Cap(weight_memory=host + room, vram=there + 460_000)
+    with Model.open(store, cap, context=CONTEXT, run=run, device=APART) as model:
+        assert all(model.plan.near)
+        session = model.session()
+        model.step(session, PROMPT)
+        assert asked
+        asked.clear()
+        found = [model.step(session, [token]) for token in DECODED]
+        assert (not asked) == fits
+        account = model.ledger.decode
+        assert account.misses > 0
+        assert account.copied_back_bytes > 0
+    whole = expected(store, "torch", "cached")
+    assert all(np.array_equal(a, b) for a, b in zip(found, whole[1:], strict=True))
+
+
 def test_what_the_window_had_is_brought_back(stores) -> None:
     """A session that is restored goes on with the same bits; its records come back to slots of both tiers."""
     run, store = RunConfig(threads=1, prefill_chunk=16), stores["records"]

@@ -1,0 +1,267 @@
+"""A cache of two tiers in operations on tensors: see `bookkeeping.Bookkeeping`; its twin is `cache.tiers.TieredCache`.
+
+All shapes are fixed and nothing looks at a value, so that a step can be recorded once and replayed (`torch_graphs`).
+Lists of unknown length are made by running sums: who is chosen goes to the place that the sum says, others to one
+beyond the end.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashinfer.backend.base import Index
+from flashinfer.backend.bookkeeping import Tiers
+from flashinfer.backend.torch_graphs import Replayed
+from flashinfer.config import TILE_NEURONS
+
+HEAD = 256
+"""Rows that come to the host with their number; more come after."""
+
+
+class TensorTiers:
+    """See `bookkeeping.Bookkeeping`."""
+
+    def __init__(self, tiers: Tiers, device: torch.device) -> None:
+        self._t, self._device, c = tiers, device, tiers.counting
+        records, neurons = tiers.records, len(tiers.record_of)
+        self._slot = self._full(records, -1)
+        self._stamp = self._full(records, -1)
+        self._score = torch.full((records,), -torch.inf, device=device)
+        self._fresh = torch.zeros(records, dtype=torch.bool, device=device)
+        self._ring = torch.zeros(tiers.window, records, dtype=torch.bool, device=device)
+        self._tokens: deque[tuple[int, int]] = deque()  # stamp, row of the ring
+        self._clock = self._row = 0
+        self._numbers = torch.arange(max(records, neurons, tiers.near + tiers.far), device=device)
+        self._tie = c.most_records - 1 - self._numbers[:records]
+        self._added = torch.from_numpy(c.added).to(device)
+        self._record_of, self._within = (torch.from_numpy(a).to(device) for a in (tiers.record_of, tiers.within))
+        self._members = torch.from_numpy(_members(tiers)).to(device)
+        self._flags = torch.zeros(neurons + 1, dtype=torch.bool, device=device)  # the last is nobody's
+        self._when = torch.zeros(4, dtype=torch.float64, device=device)  # clock, first, now, row
+        self._rows = self._full(records + 2, 0, 3)  # a head, and a place for those that are not listed
+        self._tiles = self._full(-(-neurons // TILE_NEURONS) * TILE_NEURONS + 1, -1)
+        self._replayed = Replayed(self._choose, device)
+
+    def slots(self) -> Index:
+        """As `Bookkeeping.slots`."""
+        return _host(self._slot)
+
+    def window(self) -> list[Index]:
+        """As `Bookkeeping.window`."""
+        rows = self._ring.cpu().numpy()
+        return [np.flatnonzero(rows[row]) for _, row in self._tokens]
+
+    def effective_window(self) -> int:
+        """As `Bookkeeping.effective_window`."""
+        gone = (self._ring & (self._slot < 0)).any(dim=1).cpu().numpy()
+        whole = 0
+        for _, row in reversed(self._tokens):
+            if gone[row]:
+                break
+            whole += 1
+        return whole
+
+    def preload(self, records: Index) -> Index:
+        """As `Bookkeeping.preload`."""
+        self._clock += 1
+        needed, slots = self._mask(records), self.slots()
+        free = np.setdiff1d(np.arange(self._t.near + self._t.far), slots[slots >= 0])[: len(records)]
+        self._fresh |= needed
+        self._use(needed, self._times())
+        slots[records] = free
+        self._slot.copy_(torch.from_numpy(slots))
+        return free
+
+    def step(self, needed: Index, recent: Sequence[Index]) -> Index:
+        """As `Bookkeeping.step`."""
+        last = list(recent[-self._t.window :]) if recent and self._t.window else []
+        for active in (needed, *last):
+            mask = self._mask(active)
+            self._clock += 1
+            if active is not needed or not last:
+                self._remember(mask)
+            self._use(mask, self._times())
+        self._arrange(self._mask(needed), self._times())
+        return self._fetch()[0]
+
+    def choose(self, flags: Tensor) -> tuple[Index, int, int]:
+        """As `Bookkeeping.choose`."""
+        self._clock += 1
+        self._flags[:-1].copy_(flags[0])
+        self._remember(None)
+        self._when.copy_(self._times())
+        self._replayed()
+        return self._fetch()
+
+    def absent(self, flags: Tensor) -> Index:
+        """As `Bookkeeping.absent`."""
+        needed = torch.cat((flags[0], flags.new_zeros(1)))[self._members].any(dim=1)
+        return np.flatnonzero((needed & (self._slot < 0)).cpu().numpy())
+
+    def tiles(self, count: int) -> Tensor:
+        """As `Bookkeeping.tiles`."""
+        return self._tiles[: -(-count // TILE_NEURONS) * TILE_NEURONS].view(-1, TILE_NEURONS)
+
+    def offsets(self, tiles: Tensor, base: int, size: int, records: Index, places: Index) -> Tensor:
+        """As `Bookkeeping.offsets`."""
+        at = self._slot * size + base
+        if len(records):
+            at[torch.from_numpy(records).to(self._device)] = torch.from_numpy(places).to(self._device)
+        neurons = tiles.clamp(min=0)
+        return torch.where(tiles >= 0, at[self._record_of[neurons]] + self._within[neurons], 0)
+
+    # -- a step
+
+    def _choose(self) -> None:
+        """A step of the token that `_flags` and `_when` tell of. All it reads and writes stays where it is."""
+        needed = self._flags[self._members].any(dim=1)
+        if self._t.window:
+            self._ring.index_copy_(0, self._when[3:].long(), needed[None])
+        self._use(needed, self._when)
+        self._arrange(needed, self._when)
+        self._tile(self._flags[:-1])
+
+    def _remember(self, mask: Tensor | None) -> None:
+        """A token of the window more; of one without a mask the row is written later."""
+        if not self._t.window:
+            return
+        if mask is not None:
+            self._ring[self._row] = mask
+        self._tokens.append((self._clock, self._row))
+        self._row = (self._row + 1) % self._t.window
+        if len(self._tokens) > self._t.window:
+            self._tokens.popleft()
+
+    def _times(self) -> Tensor:
+        """This token's stamp, the one from which on a use is in the window, what a use now scores, and the window's
+        newest row."""
+        first, row = (self._tokens[0][0], self._tokens[-1][1]) if self._tokens else (self._clock + 1, 0)
+        now = np.float32(self._clock / self._t.counting.half_life)
+        return torch.tensor([self._clock, first, now, row], dtype=torch.float64, device=self._device)
+
+    def _use(self, needed: Tensor, when: Tensor) -> None:
+        """As `Heat.use`."""
+        now, steps = when[2].float(), self._t.counting.steps
+        high, low = torch.maximum(self._score, now), torch.minimum(self._score, now)
+        gained = high + self._added[((high - low) * steps).clamp(max=len(self._added) - 1).long()]
+        self._score.copy_(torch.where(needed, gained, self._score))
+        self._stamp.copy_(torch.where(needed, when[0].long(), self._stamp))
+
+    def _arrange(self, needed: Tensor, when: Tensor) -> None:
+        """Decide. Writes `_slot`, and `_rows` of who is listed."""
+        near_slots, far_slots, slot = self._t.near, self._t.far, self._slot
+        held, near = slot >= 0, (slot >= 0) & (slot < near_slots)
+        far, stays = held & ~near, self._stays(needed, when)
+        self._fresh &= ~needed
+        claim = self._claims(needed, held, near, when)
+        pool = (near | needed) & stays
+        up = _best(claim, pool, near_slots)
+        down = _best(claim, ((pool & ~up) | (far & ~needed)) & stays, far_slots)
+        rises, falls = up & far, down & near
+        takers = torch.stack((rises, up & ~held, falls, down & ~held))
+        order = takers.cumsum(dim=1)
+        order[1::2] += order[::2, -1:]  # who moves comes before who is new
+        free = self._free(slot, held & (up | down))
+        high = _supply(free[:near_slots], self._numbers, falls, slot)
+        low = _supply(free[near_slots:], self._numbers + near_slots, rises, slot)
+        given = torch.stack((high[order[0] - 1], high[order[1] - 1], low[order[2] - 1], low[order[3] - 1]))
+        new = torch.where(up | down, slot, -1)
+        for taker, place in zip(takers, given, strict=True):
+            new = torch.where(taker, place, new)
+        listed = rises | falls | (needed & (~held | far))
+        self._rows[0, 2].copy_(needed.sum())
+        self._list(listed, torch.stack((self._numbers[: len(slot)], slot, new), dim=1))
+        self._slot.copy_(new)
+
+    def _stays(self, needed: Tensor, when: Tensor) -> Tensor:
+        """As `TieredCache._staying`."""
+        if self._t.keeps:
+            return torch.ones_like(needed)
+        return needed | (self._stamp >= when[1].long()) | self._fresh
+
+    def _claims(self, needed: Tensor, held: Tensor, near: Tensor, when: Tensor) -> Tensor:
+        """As `cache.tiers.claims`."""
+        c, (clock, first) = self._t.counting, when[:2].long()
+        tier = held.long() + near
+        age = (self._stamp - first + 1).clamp(min=0)
+        age = torch.where(needed & held, clock - first + 1 + tier, age)
+        warm = ((self._score * c.piles).clamp(min=-1).long() + 1).clamp(max=c.most_piles - 1)
+        return ((age * c.most_piles + warm) * 4 + tier) * c.most_records + self._tie
+
+    def _free(self, slot: Tensor, staying: Tensor) -> Tensor:
+        """Which slots are of nobody, once who goes has gone."""
+        every = self._t.near + self._t.far
+        free = torch.ones(every + 1, dtype=torch.bool, device=self._device)
+        return free.index_fill_(0, torch.where(staying, slot, every), False)[:every]
+
+    def _list(self, listed: Tensor, rows: Tensor) -> None:
+        """These of the rows. Writes `_rows`."""
+        count = listed.cumsum(dim=0)
+        self._rows[1:].index_copy_(0, torch.where(listed, count - 1, len(rows)), rows)
+        self._rows[0, 0].copy_(_last(count))
+
+    def _tile(self, flags: Tensor) -> None:
+        """These neurons in tiles. Writes `_tiles`, and how many they are."""
+        count, size = flags.cumsum(dim=0), len(self._tiles) - 1
+        self._tiles.fill_(-1)
+        self._tiles.index_copy_(0, torch.where(flags, count - 1, size), self._numbers[: len(flags)])
+        self._rows[0, 1].copy_(_last(count))
+
+    def _fetch(self) -> tuple[Index, int, int]:
+        head = _host(self._rows[: 1 + HEAD])
+        count, neurons, records = head[0].tolist()
+        rows = head[1 : 1 + count]
+        more = _host(self._rows[1 + HEAD : 1 + count]) if count > HEAD else rows[:0]
+        return np.concatenate((rows, more)), neurons, records
+
+    def _full(self, size: int, value: int, *more: int) -> Tensor:
+        return torch.full((size, *more), value, dtype=torch.int64, device=self._device)
+
+    def _mask(self, records: Index) -> Tensor:
+        found = np.zeros(self._t.records, dtype=bool)
+        found[records] = True
+        return torch.from_numpy(found).to(self._device)
+
+
+def _host(values: Tensor) -> Index:
+    found: Index = values.cpu().numpy().copy()
+    return found
+
+
+def _last(sums: Tensor) -> Tensor:
+    """The end of a running sum, 0 of none."""
+    return sums[-1] if len(sums) else sums.new_zeros(())
+
+
+def _best(claim: Tensor, who: Tensor, count: int) -> Tensor:
+    """Which of these are among the `count` with the best claims."""
+    if count >= len(claim):
+        return who
+    if not count:
+        return torch.zeros_like(who)
+    least = torch.where(who, claim, -1).topk(count, sorted=False).values.amin()
+    return who & (claim >= least)
+
+
+def _supply(free: Tensor, numbers: Tensor, leaving: Tensor, slot: Tensor) -> Tensor:
+    """The free slots of a tier in order, then those that are left, in the order of the records; one value more."""
+    first, then = free.cumsum(dim=0), leaving.cumsum(dim=0)
+    size = len(free)
+    supply = numbers.new_zeros(size + 1)
+    supply.index_copy_(0, torch.where(free, first - 1, size), numbers[:size])
+    return supply.index_copy_(0, torch.where(leaving, _last(first) + then - 1, size), slot)
+
+
+def _members(tiers: Tiers) -> Index:
+    """The neurons of each record, `[records, most]`; where there are fewer, one beyond the last."""
+    counts = np.bincount(tiers.record_of, minlength=tiers.records)
+    order = np.argsort(tiers.record_of, kind="stable")
+    starts = np.concatenate(([0], np.cumsum(counts)[:-1])) if len(counts) else counts
+    found = np.full((tiers.records, max(1, int(counts.max(initial=1)))), len(tiers.record_of), dtype=np.int64)
+    found[tiers.record_of[order], np.arange(len(order)) - starts[tiers.record_of[order]]] = order
+    return found
