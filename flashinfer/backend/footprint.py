@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flashinfer.config import TILE_KEYS, TILE_NEURONS, TILE_ROWS, TILE_TOKENS
@@ -19,6 +19,7 @@ class Footprint:
     kv_unit: keys and values are kept for a multiple of so many positions.
     weights: per thread, of weights in another form: (longest row, values of a bundle, bytes of a bundle).
     scores: of attention, and activations prepared for products, all threads together: (facts, context, threads).
+    tables: of the bookkeeping that is kept on a device: (records and neurons of each layer, tokens of the window).
     outputs: float32 rows of the hidden size that a step's feed-forward takes per token: (threads).
     growth: allowance for what the process and its libraries allocate once the baseline was measured.
     """
@@ -26,6 +27,7 @@ class Footprint:
     kv_unit: int
     weights: Callable[[int, int, int], int]
     scores: Callable[[Facts, int, int], int]
+    tables: Callable[[Sequence[tuple[int, int]], int], int]
     outputs: Callable[[int], int]
     growth: int
 
@@ -63,6 +65,18 @@ def torch_weights(widest: int, values: int, bundle: int) -> int:
     return 4 * tile + max(4 * scales, UNPACK_BYTES * -(-tile // UNPACK_PARTS)) + TILE_NEURONS * bundle
 
 
+TABLE_RECORD, TABLE_NEURON, TABLE_LAYER = 80, 40, 16 * 1024
+"""Bytes of `torch_tiers.TensorTiers` for each record and neuron, and of each layer."""
+STEP_RECORD = 200
+"""Bytes that a step of it takes meanwhile for each record."""
+
+
+def torch_tables(layers: Sequence[tuple[int, int]], window: int) -> int:
+    """Of all layers, and one step at a time."""
+    kept = sum((TABLE_RECORD + window) * records + TABLE_NEURON * neurons + TABLE_LAYER for records, neurons in layers)
+    return kept + max((STEP_RECORD * records for records, _ in layers), default=0)
+
+
 NATIVE_GROWTH = 8 * MIB
 """Stacks, small objects, modules imported later, pages of libraries touched later. In 102 runs (1 to 4 threads, prompts
 of 5 to 1760 tokens, models of 10 to 150 MB, f32 and f16 keys, with a trace and without) the peak was 2 to 18 MiB below
@@ -77,6 +91,7 @@ NATIVE = Footprint(
         threads * native_scores(f, context)
         + native_prepared(max(f.hidden_size, f.embed_size, f.num_heads * max(f.head_dim, f.value_dim)))
     ),
+    tables=lambda layers, window: 0,
     outputs=lambda threads: 0,
     growth=NATIVE_GROWTH,
 )
@@ -84,6 +99,7 @@ TORCH = Footprint(
     kv_unit=TILE_KEYS,
     weights=torch_weights,
     scores=lambda f, context, threads: 16 * f.num_heads * TILE_TOKENS * round_up(context, TILE_KEYS),
+    tables=torch_tables,
     outputs=lambda threads: 2 * threads,  # each thread holds the output of an FFN tile, and its pieces
     growth=TORCH_GROWTH,
 )

@@ -25,6 +25,7 @@ from flashinfer.backend.copies import Copies, Memory
 from flashinfer.backend.footprint import TORCH
 from flashinfer.backend.torch_copies import CudaCopies
 from flashinfer.backend.torch_cuda import open_card
+from flashinfer.backend.torch_graphs import Graphs
 from flashinfer.backend.torch_tiers import TensorTiers
 from flashinfer.backend.torch_tiles import Kv, activated, attend_tile, times
 from flashinfer.backend.torch_weights import Matrix, as_tensor, here, row_bytes, there, unpack
@@ -45,6 +46,7 @@ class TorchBackend:
         self.footprint = TORCH
         self.together = TILE_TOKENS
         self.threads = threads
+        self._graphs = Graphs(self._device)
         self.copies: Copies | None = None if device == "cpu" else CudaCopies(self._device)
         self._pool = None
         if threads > 1:
@@ -284,7 +286,7 @@ class TorchBackend:
         fired.mul_(factors).masked_fill_(factors == 0, 0.0)
 
     def bookkeeping(self, tiers: Tiers) -> Bookkeeping | None:
-        return None if self.copies is None else TensorTiers(tiers, self._device)
+        return None if self.copies is None else TensorTiers(tiers, self._device, self._graphs)
 
     def copy(self, memory: Bytes, targets: Index, sources: Index, size: int) -> None:
         for to, at in zip(targets.tolist(), sources.tolist(), strict=True):

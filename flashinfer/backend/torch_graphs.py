@@ -3,8 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
+
+class Graphs:
+    """What is recorded on a device. Whatever all of it allocates on its way is in the same memory.
+
+    So nothing that a recorded call leaves may be there: it writes to tensors that were made before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.records = device.type == "cuda"
+        self._pool: Any = None
+
+    def record(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """The call as a graph; it is not made."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # other threads may allocate and wait meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            run()
+        return graph
 
 
 class Replayed:
@@ -12,23 +34,19 @@ class Replayed:
     a value on the host, and has the same shapes in every call.
 
     On a card the first call is an ordinary one, in which libraries get ready; in the second it is recorded as a CUDA
-    graph, which every call from then on replays. What it allocates meanwhile stays its own. Elsewhere it is called.
+    graph, which every call from then on replays. Elsewhere it is called.
     """
 
-    def __init__(self, run: Callable[[], None], device: torch.device) -> None:
-        self._run, self._records, self._calls = run, device.type == "cuda", 0
+    def __init__(self, run: Callable[[], None], graphs: Graphs) -> None:
+        self._run, self._graphs, self._warm = run, graphs, False
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
-        """Run it."""
-        self._calls += 1
-        if not self._records or self._calls == 1:
+        """Make the call."""
+        if not (self._graphs.records and self._warm):
             self._run()
+            self._warm = True
             return
         if self._graph is None:
-            graph = torch.cuda.CUDAGraph()
-            # others may allocate and wait meanwhile: the copy engine does, on its own stream
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._run()
-            self._graph = graph
+            self._graph = self._graphs.record(self._run)
         self._graph.replay()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flashinfer.backend.base import Index
 from flashinfer.backend.bookkeeping import Tiers
-from flashinfer.backend.torch_graphs import Replayed
+from flashinfer.backend.torch_graphs import Graphs, Replayed
 from flashinfer.config import TILE_NEURONS
 
 HEAD = 256
@@ -26,7 +26,7 @@ HEAD = 256
 class TensorTiers:
     """See `bookkeeping.Bookkeeping`."""
 
-    def __init__(self, tiers: Tiers, device: torch.device) -> None:
+    def __init__(self, tiers: Tiers, device: torch.device, graphs: Graphs) -> None:
         self._t, self._device, c = tiers, device, tiers.counting
         records, neurons = tiers.records, len(tiers.record_of)
         self._slot = self._full(records, -1)
@@ -45,7 +45,7 @@ class TensorTiers:
         self._when = torch.zeros(4, dtype=torch.float64, device=device)  # clock, first, now, row
         self._rows = self._full(records + 2, 0, 3)  # a head, and a place for those that are not listed
         self._tiles = self._full(-(-neurons // TILE_NEURONS) * TILE_NEURONS + 1, -1)
-        self._replayed = Replayed(self._choose, device)
+        self._replayed = Replayed(self._choose, graphs)
 
     def slots(self) -> Index:
         """As `Bookkeeping.slots`."""
@@ -146,71 +146,77 @@ class TensorTiers:
 
     def _use(self, needed: Tensor, when: Tensor) -> None:
         """As `Heat.use`."""
-        now, steps = when[2].float(), self._t.counting.steps
+        clock, now = when[0].long(), when[2].float()
         high, low = torch.maximum(self._score, now), torch.minimum(self._score, now)
-        gained = high + self._added[((high - low) * steps).clamp(max=len(self._added) - 1).long()]
-        self._score.copy_(torch.where(needed, gained, self._score))
-        self._stamp.copy_(torch.where(needed, when[0].long(), self._stamp))
+        steps = ((high - low) * self._t.counting.steps).clamp(max=len(self._added) - 1)
+        torch.where(needed, high + self._added[steps.long()], self._score, out=self._score)
+        torch.where(needed, clock, self._stamp, out=self._stamp)
 
     def _arrange(self, needed: Tensor, when: Tensor) -> None:
         """Decide. Writes `_slot`, and `_rows` of who is listed."""
-        near_slots, far_slots, slot = self._t.near, self._t.far, self._slot
-        held, near = slot >= 0, (slot >= 0) & (slot < near_slots)
-        far, stays = held & ~near, self._stays(needed, when)
+        slot, first = self._slot, when[1].long()
+        held = slot >= 0
+        near = held & (slot < self._t.near)
+        far = held & ~near
+        claim = self._claims(needed, held.long() + near, first, when[0].long())
+        pool = self._staying(near | needed, needed, first)
+        up = _best(claim, pool, self._t.near)
+        down = _best(claim, self._staying((pool & ~up) | (far & ~needed), needed, first), self._t.far)
         self._fresh &= ~needed
-        claim = self._claims(needed, held, near, when)
-        pool = (near | needed) & stays
-        up = _best(claim, pool, near_slots)
-        down = _best(claim, ((pool & ~up) | (far & ~needed)) & stays, far_slots)
+        stays, absent = up | down, ~held
         rises, falls = up & far, down & near
-        takers = torch.stack((rises, up & ~held, falls, down & ~held))
-        order = takers.cumsum(dim=1)
-        order[1::2] += order[::2, -1:]  # who moves comes before who is new
-        free = self._free(slot, held & (up | down))
-        high = _supply(free[:near_slots], self._numbers, falls, slot)
-        low = _supply(free[near_slots:], self._numbers + near_slots, rises, slot)
-        given = torch.stack((high[order[0] - 1], high[order[1] - 1], low[order[2] - 1], low[order[3] - 1]))
-        new = torch.where(up | down, slot, -1)
-        for taker, place in zip(takers, given, strict=True):
-            new = torch.where(taker, place, new)
-        listed = rises | falls | (needed & (~held | far))
-        self._rows[0, 2].copy_(needed.sum())
-        self._list(listed, torch.stack((self._numbers[: len(slot)], slot, new), dim=1))
+        listed = rises | falls | (needed & ~near)
+        order = torch.stack((rises, up & absent, falls, down & absent, listed)).cumsum(dim=1)
+        new = self._given(order, torch.stack((rises, up & absent, falls, down & absent)), held & stays)
+        new = torch.where(rises | falls | (stays & absent), new, slot.masked_fill(~stays, -1))
+        place = (order[4] - 1).masked_fill(~listed, len(slot))
+        self._rows[1:].index_copy_(0, place, torch.stack((self._numbers[: len(slot)], slot, new), dim=1))
+        if len(slot):
+            self._rows[0, 0].copy_(order[4, -1])
+            self._rows[0, 2].copy_(needed.sum())
         self._slot.copy_(new)
 
-    def _stays(self, needed: Tensor, when: Tensor) -> Tensor:
-        """As `TieredCache._staying`."""
-        if self._t.keeps:
-            return torch.ones_like(needed)
-        return needed | (self._stamp >= when[1].long()) | self._fresh
+    def _given(self, order: Tensor, takers: Tensor, occupied: Tensor) -> Tensor:
+        """Slots for those who take one: rises and new ones near, falls and new ones far, so much for the rows of both.
+        Free slots go first, then those that moves leave, in the order of the moves; who moves takes before who is new.
 
-    def _claims(self, needed: Tensor, held: Tensor, near: Tensor, when: Tensor) -> Tensor:
-        """As `cache.tiers.claims`."""
-        c, (clock, first) = self._t.counting, when[:2].long()
-        tier = held.long() + near
-        age = (self._stamp - first + 1).clamp(min=0)
-        age = torch.where(needed & held, clock - first + 1 + tier, age)
-        warm = ((self._score * c.piles).clamp(min=-1).long() + 1).clamp(max=c.most_piles - 1)
-        return ((age * c.most_piles + warm) * 4 + tier) * c.most_records + self._tie
-
-    def _free(self, slot: Tensor, staying: Tensor) -> Tensor:
-        """Which slots are of nobody, once who goes has gone."""
-        every = self._t.near + self._t.far
+        Slots to be given lie in a row, those that are near from 0 on, the others from `near` on."""
+        near, every, slot = self._t.near, self._t.near + self._t.far, self._slot
         free = torch.ones(every + 1, dtype=torch.bool, device=self._device)
-        return free.index_fill_(0, torch.where(staying, slot, every), False)[:every]
+        free.index_fill_(0, slot.masked_fill(~occupied, every), False)
+        count = free.cumsum(dim=0)
+        before = count[near - 1] if near else 0
+        rank = count[:every] - 1
+        rank[near:] += near - before
+        supply = self._numbers.new_zeros(every + 1)
+        supply.index_copy_(0, rank.masked_fill(~free[:every], every), self._numbers[:every])
+        if not len(slot):
+            return slot
+        left = takers[2] * (order[2] + before) + takers[0] * (order[0] + (near + count[every - 1] - before))
+        supply.index_copy_(0, (left - 1).masked_fill(~(takers[0] | takers[2]), every), slot)
+        first = takers[0] * order[0] + takers[1] * (order[1] + order[0, -1])
+        then = takers[2] * (order[2] + near) + takers[3] * (order[3] + (order[2, -1] + near))
+        return supply[first + then - 1]
 
-    def _list(self, listed: Tensor, rows: Tensor) -> None:
-        """These of the rows. Writes `_rows`."""
-        count = listed.cumsum(dim=0)
-        self._rows[1:].index_copy_(0, torch.where(listed, count - 1, len(rows)), rows)
-        self._rows[0, 0].copy_(_last(count))
+    def _staying(self, some: Tensor, needed: Tensor, first: Tensor) -> Tensor:
+        """As `TieredCache._staying`."""
+        return some if self._t.keeps else some & (needed | (self._stamp >= first) | self._fresh)
+
+    def _claims(self, needed: Tensor, tier: Tensor, first: Tensor, clock: Tensor) -> Tensor:
+        """As `cache.tiers.claims`."""
+        c = self._t.counting
+        age = (self._stamp - (first - 1)).clamp(min=0)
+        age = torch.where(needed & (tier > 0), tier + (clock - first + 1), age)
+        warm = (self._score * c.piles).clamp(min=-1, max=c.most_piles - 2).long() + 1
+        return ((age * c.most_piles + warm) * 4 + tier) * c.most_records + self._tie
 
     def _tile(self, flags: Tensor) -> None:
         """These neurons in tiles. Writes `_tiles`, and how many they are."""
-        count, size = flags.cumsum(dim=0), len(self._tiles) - 1
+        count = flags.cumsum(dim=0)
         self._tiles.fill_(-1)
-        self._tiles.index_copy_(0, torch.where(flags, count - 1, size), self._numbers[: len(flags)])
-        self._rows[0, 1].copy_(_last(count))
+        self._tiles.index_copy_(0, (count - 1).masked_fill(~flags, len(self._tiles) - 1), self._numbers[: len(flags)])
+        if len(flags):
+            self._rows[0, 1].copy_(count[-1])
 
     def _fetch(self) -> tuple[Index, int, int]:
         head = _host(self._rows[: 1 + HEAD])
@@ -233,28 +239,14 @@ def _host(values: Tensor) -> Index:
     return found
 
 
-def _last(sums: Tensor) -> Tensor:
-    """The end of a running sum, 0 of none."""
-    return sums[-1] if len(sums) else sums.new_zeros(())
-
-
 def _best(claim: Tensor, who: Tensor, count: int) -> Tensor:
     """Which of these are among the `count` with the best claims."""
     if count >= len(claim):
         return who
     if not count:
         return torch.zeros_like(who)
-    least = torch.where(who, claim, -1).topk(count, sorted=False).values.amin()
+    least = claim.masked_fill(~who, -1).topk(count, sorted=False).values.amin()
     return who & (claim >= least)
-
-
-def _supply(free: Tensor, numbers: Tensor, leaving: Tensor, slot: Tensor) -> Tensor:
-    """The free slots of a tier in order, then those that are left, in the order of the records; one value more."""
-    first, then = free.cumsum(dim=0), leaving.cumsum(dim=0)
-    size = len(free)
-    supply = numbers.new_zeros(size + 1)
-    supply.index_copy_(0, torch.where(free, first - 1, size), numbers[:size])
-    return supply.index_copy_(0, torch.where(leaving, _last(first) + then - 1, size), slot)
 
 
 def _members(tiers: Tiers) -> Index:

@@ -147,6 +147,7 @@ def _device_parts(device: DevicePlan, kv_type: str) -> list[tuple[str, int]]:
         ("tiles being computed", device.weight_scratch),
         (f"keys and values ({kv_type})", device.kv_cache),
         ("activations", device.activations),
+        *([("cache bookkeeping", device.bookkeeping)] if device.bookkeeping else []),
         ("driver and libraries (assumed)", device.overhead),
     ]
     return [*parts, ("free", device.cap - device.total)]

@@ -92,6 +92,7 @@ def least_device_plan(m: Manifest, r: Request) -> DevicePlan | None:
         weight_adapter=r.adapter.bytes,
         weight_scratch=_scratch(m, r),
         weight_staging=2 * half + padding,
+        bookkeeping=_device_tables(m, r),
         half=half,
         slots=(0,) * len(m.layers),
     )
@@ -153,6 +154,14 @@ def _bookkeeping(m: Manifest, r: Request) -> int:
         return sum(24 * n.neurons for n in m.layers)  # where each of them lies, and in what
     tables = sum(per_record * n.records + (8 * n.neurons if n.permutation is not None else 0) for n in m.layers)
     return tables + step
+
+
+def _device_tables(m: Manifest, r: Request) -> int:
+    """The same of a device, which has them where it says who is needed; of experts the host does."""
+    if needs_all(m, r.choice, r.mode) or r.mode != "cached":
+        return 0
+    layers = [(n.records, n.neurons) for n in m.layers if n.experts is None]
+    return r.footprint.tables(layers, r.run.cache.window)
 
 
 def _worst_tile_bytes(m: Manifest, alignment: int) -> int:

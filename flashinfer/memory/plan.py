@@ -17,8 +17,9 @@ Mode = Literal["cached", "always-miss", "naive"]
 class DevicePlan:
     """Where every byte of a device's memory goes. All sizes in bytes; `total <= cap` always holds.
 
-    overhead: of its driver and libraries. half: one of the two through which comes what is not kept there; both and the
-    neurons' padding are `weight_staging`. resident: matrices that are kept there; slots: of each layer's records.
+    overhead: of its driver and libraries. bookkeeping: the tables that say where each record is. half: one of the two
+    through which comes what is not kept there; both and the neurons' padding are `weight_staging`. resident: matrices
+    that are kept there; slots: of each layer's records.
     """
 
     cap: int
@@ -29,6 +30,7 @@ class DevicePlan:
     weight_adapter: int
     weight_scratch: int
     weight_staging: int
+    bookkeeping: int
     half: int
     slots: tuple[int, ...]
     weight_resident: int = 0
@@ -44,7 +46,7 @@ class DevicePlan:
     @property
     def total(self) -> int:
         """What counts against the cap."""
-        return self.weight_total + self.overhead + self.kv_cache + self.activations
+        return self.weight_total + self.overhead + self.kv_cache + self.activations + self.bookkeeping
 
     def to_json(self) -> dict[str, Any]:
         """All fields, plain, with the sums."""

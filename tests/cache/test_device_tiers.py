@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from flashinfer.backend.bookkeeping import Tiers
+from flashinfer.backend.footprint import STEP_RECORD, TORCH
+from flashinfer.backend.torch_graphs import Graphs
 from flashinfer.backend.torch_tiers import HEAD, TensorTiers
 from flashinfer.cache import TieredCache
 from flashinfer.cache.device import COUNTING, DeviceTieredCache
 from flashinfer.cache.slotmap import Index
 from flashinfer.config import TILE_NEURONS, Retention
 from tests.cache.twins import RECORDS, assert_decide_the_same, same
+
+CPU = torch.device("cpu")
 
 
 def make(
@@ -23,7 +32,7 @@ def make(
     of = np.arange(records) if record_of is None else record_of
     within = np.arange(len(of)) * 10
     tiers = Tiers(records, near, far, window, retention == "frequency", COUNTING, of, within)
-    return DeviceTieredCache(TensorTiers(tiers, torch.device("cpu")), near, near + far)
+    return DeviceTieredCache(TensorTiers(tiers, CPU, Graphs(CPU)), near, near + far)
 
 
 @given(
@@ -100,3 +109,41 @@ def test_a_preload_that_cannot_be_is_refused() -> None:
     for records in (np.arange(4), np.array([7])):
         with pytest.raises(ValueError, match="free slots"):
             cache.preload(records)
+
+
+class Allocated(TorchDispatchMode):
+    """Bytes of tensors that are alive, of those made in its block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self._seen:
+                self._seen.add(key)
+                size = tensor.untyped_storage().nbytes()
+                self.live += size
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(tensor.untyped_storage(), self._gone, key, size)
+        return out
+
+    def _gone(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+
+@pytest.mark.parametrize(("records", "window", "per_record"), [(5000, 5, 1), (5000, 0, 1), (700, 9, 8)])
+def test_its_memory_stays_within_the_footprint(records: int, window: int, per_record: int) -> None:
+    neurons = records * per_record - per_record // 2
+    record_of = np.random.default_rng(0).permutation(neurons) // per_record
+    planned = TORCH.tables([(records, neurons)], window)
+    with Allocated() as allocated:
+        cache = make(records, records // 2, records // 4, window, record_of=record_of)
+        for share in (0.1, 0.9, 0.5):
+            cache.choose(torch.from_numpy(np.random.default_rng(1).random(neurons) < share)[None])
+    assert allocated.live > planned // 4
+    assert allocated.peak <= planned
+    assert allocated.live <= planned - STEP_RECORD * records

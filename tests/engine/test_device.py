@@ -310,7 +310,11 @@ def test_the_device_has_no_byte_beyond_its_cap(stores, monkeypatch: pytest.Monke
         plan = model.plan.device
         assert plan is not None
         assert asked == [("limit", vram), ("allocate", plan.weight_staging + plan.weight_resident + plan.weight_slots)]
-        assert plan.weight_total + plan.kv_cache + plan.activations + plan.overhead == plan.total <= vram
+        assert (
+            plan.weight_total + plan.kv_cache + plan.activations + plan.bookkeeping + plan.overhead
+            == plan.total
+            <= vram
+        )
 
 
 def test_vram_without_a_device_of_its_own(stores) -> None:
