@@ -14,7 +14,7 @@ from flashinfer.errors import DeviceError
 
 __all__ = [
     "APART", "Backend", "Buffer", "Bundle", "Copies", "Flags", "Footprint", "Numbers", "Part", "Scoring",
-    "has_native", "open_backend",
+    "device_name", "has_native", "open_backend",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,19 @@ def open_backend(device: str, threads: int, choice: BackendName = "auto") -> Bac
     from flashinfer.backend.torch_backend import TorchBackend
 
     return TorchBackend(device, threads) if device == "cpu" else _on_card(device)
+
+
+def device_name(device: str) -> str:
+    """What the device is, to tell it from others: of a card its model.
+
+    Raises:
+        DeviceError: it is not there.
+    """
+    if device in ("cpu", APART):
+        return device
+    from flashinfer.backend.torch_cuda import card_name
+
+    return card_name(device)
 
 
 def _on_card(device: str) -> Backend:

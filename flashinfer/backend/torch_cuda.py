@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from flashinfer.backend.base import Backend
+from flashinfer.backend.bookkeeping import Bookkeeping
 from flashinfer.backend.torch_copies import DeviceErrors
+from flashinfer.backend.torch_tiers import TensorTiers
 from flashinfer.errors import DeviceError
+
+T = TypeVar("T")
 
 
 def open_card(device: str) -> torch.device:
@@ -36,18 +40,28 @@ def open_card(device: str) -> torch.device:
     return torch.device(device)
 
 
+def card_name(device: str) -> str:
+    """What the driver calls the card. Raises as `open_card`."""
+    return torch.cuda.get_device_name(open_card(device))
+
+
 def explained(backend: Backend, device: str) -> Backend:
-    """The same backend, whose verbs raise a DeviceError of one line where the card's memory does not suffice."""
-    errors = DeviceErrors(torch.device(device))
-    for name, verb in vars(Backend).items():
+    """The same backend, whose verbs, and those of the bookkeeping it makes, raise a DeviceError of one line where the
+    card's memory does not suffice."""
+    return _explained(backend, Backend, DeviceErrors(torch.device(device)))
+
+
+def _explained(who: T, interface: type, errors: DeviceErrors) -> T:
+    for name, verb in vars(interface).items():
         if callable(verb) and not name.startswith("_"):
-            setattr(backend, name, _within(errors, getattr(backend, name)))
-    return backend
+            setattr(who, name, _within(errors, getattr(who, name)))
+    return who
 
 
 def _within(errors: DeviceErrors, verb: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Any, **named: Any) -> Any:
         with errors:
-            return verb(*arguments, **named)
+            found = verb(*arguments, **named)
+        return _explained(found, Bookkeeping, errors) if isinstance(found, TensorTiers) else found
 
     return call

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flashinfer import machine
-from flashinfer.backend import Backend, has_native
+from flashinfer.backend import Backend, device_name, has_native
 from flashinfer.bench.curve import SECONDS, measure_curve
 from flashinfer.bench.known import KnownDisk, load_known, remember
 from flashinfer.bench.place import place_of
@@ -57,7 +57,7 @@ DEFAULT_BASIS = _basis(None, None)
 
 def _rates_key(m: Manifest, run: RunConfig, device: str) -> str:
     if device != "cpu":
-        return rates_key(f"torch-{device}", _codec(m), 1)
+        return rates_key(f"torch on {device_name(device)}", _codec(m), 1)
     native = run.backend == "native" or (run.backend == "auto" and has_native())
     return rates_key("native" if native else "torch", _codec(m), threads_for(m, run))
 

@@ -29,7 +29,7 @@ def main_codec(codecs: dict[str, int]) -> str:
 
 
 def rates_key(backend: str, codec: str, threads: int) -> str:
-    """What measured rates are remembered by; `backend` is `native`, `torch` or `torch-` with a device."""
+    """What measured rates are remembered by; `backend` is `native`, `torch`, or `torch on` a device by its name."""
     return f"{backend} | {machine.processor_name()} | {threads} threads | {codec}"
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from flashinfer.backend import open_backend, torch_cuda
+from flashinfer.backend import HostCopies, device_name, open_backend, torch_cuda
 from flashinfer.backend.torch_backend import TorchBackend
+from flashinfer.cache import device_cache
 from flashinfer.errors import DeviceError
 from tests.backend.backend_conformance import everything
 
@@ -80,6 +81,34 @@ def test_memory_that_is_used_up_is_one_line(verb: str, monkeypatch: pytest.Monke
     with pytest.raises(DeviceError, match=r"cuda:0 ran out of memory, 1.* of its 2.* are free") as caught:
         getattr(torch_cuda.explained(backend, "cuda:0"), verb)()
     assert "\n" not in str(caught.value)
+
+
+def test_memory_that_is_used_up_in_a_step_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = TorchBackend("cpu", 1)
+    backend.copies = HostCopies(1 << 30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 30, 24 << 30))
+    explained = torch_cuda.explained(backend, "cuda:0")
+    cache = device_cache(
+        explained, 8, 2, 2, window=2, retention="frequency", record_of=np.arange(8), within=np.zeros(8, dtype=np.int64)
+    )
+    assert cache is not None
+    assert cache.step(np.array([1, 2])).misses.tolist() == [1, 2]
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch, "where", full)
+    with pytest.raises(DeviceError, match=r"cuda:0 ran out of memory"):
+        cache.choose(torch.ones(1, 8, dtype=torch.bool))
+
+
+def test_a_card_is_told_from_others(cards, monkeypatch: pytest.MonkeyPatch) -> None:
+    cards(2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    assert [device_name(name) for name in ("cpu", "cuda:0", "cuda:1")] == ["cpu", "card 0", "card 1"]
+    cards(0)
+    with pytest.raises(DeviceError, match="finds no card"):
+        device_name("cuda")
 
 
 def test_verbs_that_are_explained_are_the_same() -> None:

@@ -68,6 +68,7 @@ def test_plan_prints_where_every_byte_goes(store: Path, capsys) -> None:
 def test_plan_prints_where_every_byte_of_a_device_goes(store: Path, capsys, monkeypatch) -> None:
     """`cuda` is the CPU here, with memory of its own."""
     monkeypatch.setattr("flashinfer.bench.promise.open_backend", lambda _, *others: open_backend(APART, *others))
+    monkeypatch.setattr("flashinfer.bench.basis.device_name", lambda device: f"the card {device}")
     arguments = ["plan", str(store), "--weight-memory", "100MB", "--device", "cuda", "--vram", "900kB", *QUICK]
     assert main([*arguments, "--context", "32"]) == 0
     out = capsys.readouterr().out
