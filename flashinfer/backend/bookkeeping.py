@@ -63,9 +63,17 @@ class Bookkeeping(Protocol):
         """As `cache.policy.Policy.step`, for records that are known on the host. Rows."""
         ...
 
-    def choose(self, flags: Flags) -> tuple[Index, int, int]:
-        """A step of one token, `[1, neurons]`: rows, and how many neurons and records are needed. The host waits here
-        for all arithmetic that comes before, and nowhere else; nothing more comes to it."""
+    def ask(self, flags: Flags) -> None:
+        """Begin a step of one token, `[1, neurons]`. The host waits for nothing."""
+        ...
+
+    def wait(self) -> None:
+        """Block until all arithmetic from before the step has ended."""
+        ...
+
+    def answer(self) -> tuple[Index, int, int]:
+        """Rows of the step that was begun, and how many neurons and records are needed. Here the host waits for the
+        device, and nothing more comes to it."""
         ...
 
     def absent(self, flags: Flags) -> Index:

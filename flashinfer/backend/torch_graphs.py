@@ -16,7 +16,9 @@ class Graphs:
 
     def __init__(self, device: torch.device) -> None:
         self.records = device.type == "cuda"
+        self._device = device
         self._pool: Any = None
+        self._mark: torch.cuda.Event | None = None
 
     def record(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """The call as a graph; it is not made."""
@@ -27,6 +29,16 @@ class Graphs:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             run()
         return graph
+
+    def mark(self) -> None:
+        """Remember the arithmetic that was asked for so far."""
+        if self.records:
+            self._mark = torch.cuda.current_stream(self._device).record_event(self._mark)
+
+    def wait(self) -> None:
+        """Block until what was marked last has ended; on the CPU it has."""
+        if self._mark is not None:
+            self._mark.synchronize()
 
 
 class Replayed:

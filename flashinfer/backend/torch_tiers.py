@@ -45,6 +45,7 @@ class TensorTiers:
         self._when = torch.zeros(4, dtype=torch.float64, device=device)  # clock, first, now, row
         self._rows = self._full(records + 2, 0, 3)  # a head, and a place for those that are not listed
         self._tiles = self._full(-(-neurons // TILE_NEURONS) * TILE_NEURONS + 1, -1)
+        self._graphs = graphs
         self._replayed = Replayed(self._choose, graphs)
 
     def slots(self) -> Index:
@@ -87,16 +88,28 @@ class TensorTiers:
                 self._remember(mask)
             self._use(mask, self._times())
         self._arrange(self._mask(needed), self._times())
-        return self._fetch()[0]
+        return self.answer()[0]
 
-    def choose(self, flags: Tensor) -> tuple[Index, int, int]:
-        """As `Bookkeeping.choose`."""
+    def ask(self, flags: Tensor) -> None:
+        """As `Bookkeeping.ask`."""
+        self._graphs.mark()
         self._clock += 1
         self._flags[:-1].copy_(flags[0])
         self._remember(None)
         self._when.copy_(self._times())
         self._replayed()
-        return self._fetch()
+
+    def wait(self) -> None:
+        """As `Bookkeeping.wait`."""
+        self._graphs.wait()
+
+    def answer(self) -> tuple[Index, int, int]:
+        """As `Bookkeeping.answer`."""
+        head = _host(self._rows[: 1 + HEAD])
+        count, neurons, records = head[0].tolist()
+        rows = head[1 : 1 + count]
+        more = _host(self._rows[1 + HEAD : 1 + count]) if count > HEAD else rows[:0]
+        return np.concatenate((rows, more)), neurons, records
 
     def absent(self, flags: Tensor) -> Index:
         """As `Bookkeeping.absent`."""
@@ -217,13 +230,6 @@ class TensorTiers:
         self._tiles.index_copy_(0, (count - 1).masked_fill(~flags, len(self._tiles) - 1), self._numbers[: len(flags)])
         if len(flags):
             self._rows[0, 1].copy_(count[-1])
-
-    def _fetch(self) -> tuple[Index, int, int]:
-        head = _host(self._rows[: 1 + HEAD])
-        count, neurons, records = head[0].tolist()
-        rows = head[1 : 1 + count]
-        more = _host(self._rows[1 + HEAD : 1 + count]) if count > HEAD else rows[:0]
-        return np.concatenate((rows, more)), neurons, records
 
     def _full(self, size: int, value: int, *more: int) -> Tensor:
         return torch.full((size, *more), value, dtype=torch.int64, device=self._device)

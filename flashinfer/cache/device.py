@@ -94,7 +94,12 @@ class DeviceTieredCache:
 
     def choose(self, flags: Flags) -> Chosen:
         """A step of one token, `[1, neurons]`."""
-        rows, neurons, records = self.core.choose(flags)
+        self.core.ask(flags)
+        return self.answer()
+
+    def answer(self) -> Chosen:
+        """The step that the core was asked for."""
+        rows, neurons, records = self.core.answer()
         record, before, after = rows.T
         stays = (before >= self.near) & (before == after)
         return Chosen(self.near, self._change(rows), neurons, records, record[stays], after[stays])

@@ -175,7 +175,10 @@ class NeuronStore:
         """The same of one token where only the device knows who is needed: all at once, if it fits."""
         layer, g = self._layers[index], self._layers[index].geometry
         with self._ledger.planning():
-            chosen = policy.choose(need.flags)
+            policy.core.ask(need.flags)
+        policy.core.wait()  # arithmetic takes this time, not planning
+        with self._ledger.planning():
+            chosen = policy.answer()
             place = self._placed(index, chosen.far, chosen.change.misses)
         arrived = self._begin(index, chosen.records, chosen.change, place)
         with self._ledger.planning():
