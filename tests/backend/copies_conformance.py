@@ -90,6 +90,19 @@ class CopiesConformance:
         assert np.array_equal(host[10:], first)
         assert np.array_equal(self.look(memory)[:10], second)
 
+    def test_what_is_taken_away_is_taken_before_something_new_comes(self, copies: Copies) -> None:
+        """Two records leave their places, one for the host, one for elsewhere there, and others come."""
+        memory, old, new = copies.allocate(30), random_bytes(1, 20), random_bytes(2, 20)
+        copies.upload(memory, index(0), old, index(0), 20)
+        copies.wait()
+        home = np.zeros(10, dtype=np.uint8)
+        copies.download(home, index(0), memory, index(0), 10)
+        copies.move(memory, index(20), index(10), 10)
+        copies.upload(memory, index(0), new, index(0), 20)
+        copies.wait()
+        assert np.array_equal(home, old[:10])
+        assert np.array_equal(self.look(memory), np.concatenate((new, old[10:])))
+
     def test_after_waiting_the_source_is_free(self, copies: Copies) -> None:
         memory, source = copies.allocate(1 << 16), random_bytes(1, 1 << 16)
         kept = source.copy()

@@ -14,15 +14,19 @@ GARBAGE = 0xA5
 
 
 class LateCopies(HostCopies):
-    """As HostCopies, but copies are made when somebody waits for them; until then their targets hold garbage. What the
-    host copies from it must not change before it waits itself: that is looked at then."""
+    """As HostCopies, but copies are made when somebody waits for them, or garbage is to be put where one of them still
+    reads; until then their targets hold garbage. What the host copies from it must not change before it waits itself:
+    that is looked at then."""
 
     def __init__(self, available: int) -> None:
         super().__init__(available)
         self._asked: list[Callable[[], int]] = []
         self._sources: list[tuple[Any, Any, Any] | None] = []
+        self._reads: list[tuple[Any, int]] = []  # what copies that were not made yet read of the device's memory
 
     def upload(self, memory: Any, targets: Any, source: Any, sources: Any, size: int) -> int:
+        if any(overlap(read, length, targets, size) for read, length in self._reads):
+            self.lead()
         spoil(memory, targets, size)
         self._sources.append((source, sources, taken(source, sources, size)))
         self._asked.append(lambda: super(LateCopies, self).upload(memory, targets, source, sources, size))
@@ -35,6 +39,7 @@ class LateCopies(HostCopies):
             self._look(before)  # what was asked for earlier has ended when this begins
             return super(LateCopies, self).download(target, targets, memory, sources, size)
 
+        self._reads.append((sources, size))
         self._asked.append(copied)
         return len(list(runs(targets, sources, size)))
 
@@ -43,10 +48,11 @@ class LateCopies(HostCopies):
             super(LateCopies, self).move(memory, targets, sources, size)
             return 0
 
+        self._reads.append((sources, size))
         self._asked.append(moved)
 
     def lead(self) -> None:
-        asked, self._asked = self._asked, []
+        asked, self._asked, self._reads = self._asked, [], []
         for copy in asked:
             copy()
 
@@ -68,6 +74,12 @@ class LateCopies(HostCopies):
 def taken(memory: Any, places: Any, size: int) -> Any:
     """What lies at these places, `[n, size]`."""
     return np.stack([memory[at : at + size] for at in places.tolist()]) if len(places) else np.zeros((0, size))
+
+
+def overlap(first: Any, first_size: int, second: Any, second_size: int) -> bool:
+    """Whether one of the first places shares a byte with one of the second."""
+    away = np.subtract.outer(first, second)
+    return bool(((away < second_size) & (away > -first_size)).any())
 
 
 def spoil(memory: Any, targets: Any, size: int) -> None:
