@@ -35,7 +35,8 @@ EXPERT_WORK = 2 * MIB
 
 IoObjective = Literal["time", "bytes"]
 Retention = Literal["frequency", "window"]
-ReaderName = Literal["auto", "io_uring", "threads"]
+HostReaderName = Literal["auto", "io_uring", "threads"]
+ReaderName = Literal["auto", "io_uring", "threads", "kvikio"]
 BackendName = Literal["auto", "native", "torch"]
 KvType = Literal["f32", "f16", "int8"]
 KV_CODECS: dict[KvType, str] = {"f32": "f32", "f16": "f16", "int8": "int8g32"}
@@ -93,7 +94,8 @@ class IoConfig:
     """How records are read.
 
     reader: `auto` is io_uring where the kernel has and allows it, else threads. At most `depth` reads are in
-    flight with the former, `threads` with the latter.
+    flight with the former, `threads` with the latter. With `kvikio`, what goes to a device's memory is read straight
+    there, `threads` reads at once, and all else as with `auto`.
     """
 
     objective: IoObjective = "time"
@@ -107,6 +109,11 @@ class IoConfig:
     def in_flight(self) -> int:
         """Reads in flight at most."""
         return self.threads if self.reader == "threads" else self.depth
+
+    @property
+    def bounce(self) -> int:
+        """Bytes of the host's memory through which reads to a device's memory may pass, for want of a way past it."""
+        return (self.threads + 1) * BOUNCE_BUFFER if self.reader == "kvikio" else 0
 
     @property
     def max_gap(self) -> int:
@@ -184,6 +191,9 @@ class SamplingConfig:
     seed: int | None = None
 
 
+BOUNCE_BUFFER = 256 * KIB
+"""Bytes of host memory that each of kvikio's threads, and the one that asks them, reads through in its compatibility
+mode. Nobody measured which size is best."""
 LOAD_CHUNK = 128 * KIB
 """Bytes of host memory beside the read buffers through which weights come to a device that keeps them."""
 MIN_STAGING = 64 * KIB

@@ -23,7 +23,7 @@ from flashinfer.model.decoder import Decoder
 from flashinfer.model.observe import Observer
 from flashinfer.model.rows import Rows, decode_row, prefill_rows
 from flashinfer.model.streamed import StreamedWeights
-from flashinfer.request import UNCAPPED, Settled, files_of, settle, threads_for
+from flashinfer.request import UNCAPPED, Settled, check_reader, files_of, settle, threads_for
 from flashinfer.speed import Prediction, predict
 from flashinfer.store import Facts, Store, open_store
 from flashinfer.trace import Trace
@@ -115,10 +115,12 @@ class Model:
 
         Raises:
             StoreError, StoreReadError, CapTooSmallError, DeviceError (the device is not there, or has not the memory),
+            PlatformError (`run.io.reader` cannot read here),
             CapTooLargeError (`cap.vram` is more than is free there), PromptError (context beyond the model's),
             PredictorError (the store does not have what `run.predictor` asks for), CheckpointError (`run.adapter`).
         """
         run = run or RunConfig()
+        check_reader(run.io.reader, device)
         machine.return_freed_memory()
         store, reader = _open_files(store, reader_of or (lambda paths: open_reader(paths, run.io)))
         try:

@@ -9,7 +9,7 @@ from flashinfer import machine
 from flashinfer.adapter import StoreAdapter, read_adapter
 from flashinfer.backend import Backend
 from flashinfer.choice import Choice, choices, restricted, under_adapter
-from flashinfer.config import DEVICE_RATES, Cap, Rates, RunConfig
+from flashinfer.config import DEVICE_RATES, Cap, Rates, ReaderName, RunConfig
 from flashinfer.errors import CapTooLargeError, CapTooSmallError, DeviceError, PromptError
 from flashinfer.firing import firing_of
 from flashinfer.io import Reader
@@ -155,6 +155,14 @@ def request_for(
         adapter=AdapterNeeds() if subject.adapter is None else subject.adapter.needs,
         device=device,
     )
+
+
+def check_reader(reader: ReaderName, device: str) -> None:
+    """Raises DeviceError where the reader is for a device of which the run has none."""
+    if reader == "kvikio" and device == "cpu":
+        raise DeviceError(
+            "--reader kvikio reads to a device's own memory, and the CPU has none; leave it out, or add --device cuda"
+        )
 
 
 def device_memory(backend: Backend, asked: int | None) -> DeviceMemory | None:

@@ -22,6 +22,7 @@ from flashinfer.config import IoConfig
 from flashinfer.errors import FlashInferError
 from flashinfer.io import uring
 from flashinfer.io.files import describe, open_file
+from flashinfer.io.kvikio import load_kvikio
 from flashinfer.store import open_store
 from flashinfer.units import GIB, format_size
 
@@ -200,6 +201,7 @@ def _gpu() -> Iterator[Check]:
         return
     yield check("GPU", f"{', '.join(names)} (used with --device cuda)")
     yield _gpu_kernels()
+    yield _gpu_reads()
 
 
 def _gpu_kernels() -> Check:
@@ -212,3 +214,12 @@ def _gpu_kernels() -> Check:
     if why := why_not("cuda"):
         return check("GPU kernels", f"torch's, which are slow; Triton's do not run: {why}", "install a C compiler")
     return check("GPU kernels", f"Triton's, {importlib.metadata.version('triton')}")
+
+
+def _gpu_reads() -> Check:
+    """How what goes to a card is read; straight there only where that is asked for, since nobody measured it yet."""
+    try:
+        straight = load_kvikio(Path(__file__)).how
+    except FlashInferError as e:
+        return check("GPU reads", f"through the host's memory; {e}")
+    return check("GPU reads", f"through the host's memory; with --reader kvikio: {straight}")

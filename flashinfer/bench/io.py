@@ -25,8 +25,8 @@ import numpy as np
 
 from flashinfer import machine
 from flashinfer.bench.io_figures import PATTERNS, Combination, Measurement, Pattern, Slice, summary
-from flashinfer.config import IoConfig, ReaderName
-from flashinfer.io import AlignedBuffer, Extents, ThreadReader, UringReader, open_reader
+from flashinfer.config import HostReaderName, IoConfig
+from flashinfer.io import AlignedBuffer, Extents, ThreadReader, UringReader, open_host_reader
 from flashinfer.io.files import describe, open_file
 from flashinfer.units import KIB, MIB, format_size
 
@@ -45,7 +45,7 @@ Rival = Callable[[Combination, float], Slice]
 def all_combinations(
     chunks: Sequence[int] = CHUNKS,
     threads: Sequence[int] = THREADS,
-    readers: Sequence[ReaderName] = ("auto",),
+    readers: Sequence[HostReaderName] = ("auto",),
     patterns: Sequence[Pattern] = PATTERNS,
 ) -> list[Combination]:
     """Every pattern, every chunk, every reader, every number of reads in flight."""
@@ -113,13 +113,13 @@ def _check(combinations: Sequence[Combination], size: int) -> None:
 
 def _open_readers(
     path: Path, combinations: Sequence[Combination], direct: bool, stack: contextlib.ExitStack
-) -> dict[tuple[ReaderName, int], TimedReader]:
+) -> dict[tuple[HostReaderName, int], TimedReader]:
     """One for each reader and number of reads in flight; the stack closes them."""
-    readers: dict[tuple[ReaderName, int], TimedReader] = {}
+    readers: dict[tuple[HostReaderName, int], TimedReader] = {}
     for c in combinations:
         if (c.reader, c.threads) not in readers:
             config = IoConfig(reader=c.reader, depth=c.threads, threads=c.threads)
-            reader = readers[c.reader, c.threads] = open_reader([path], config, direct=direct, timed=True)
+            reader = readers[c.reader, c.threads] = open_host_reader([path], config, direct=direct, timed=True)
             stack.callback(reader.close)
     return readers
 

@@ -9,11 +9,11 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from flashinfer.config import DiskCurve, ReaderName
+from flashinfer.config import DiskCurve, HostReaderName
 
 Pattern = Literal["random", "sequential"]
 PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
-READERS: tuple[ReaderName, ...] = get_args(ReaderName)
+READERS: tuple[HostReaderName, ...] = get_args(HostReaderName)
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Combination:
     pattern: Pattern
     chunk: int
     threads: int
-    reader: ReaderName = "auto"
+    reader: HostReaderName = "auto"
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _beside(ours: Sequence[Slice], fios: Sequence[Slice]) -> Beside:
     )
 
 
-def reader_named(text: str) -> ReaderName:
+def reader_named(text: str) -> HostReaderName:
     """What the user calls a reader. Raises ValueError for no such name."""
     for name in READERS:
         if text == name:

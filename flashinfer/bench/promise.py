@@ -15,7 +15,7 @@ from flashinfer.config import Cap, RunConfig
 from flashinfer.errors import CapTooSmallError, StoreError
 from flashinfer.io import open_reader
 from flashinfer.memory import Plan, Request, conditions_of, resolve
-from flashinfer.request import files_of, settle, threads_for
+from flashinfer.request import check_reader, files_of, settle, threads_for
 from flashinfer.speed import Prediction, predict
 from flashinfer.store import Manifest, open_store
 
@@ -63,11 +63,12 @@ def promise(
     Raises:
         StoreError, StoreReadError: the store cannot be used.
         CapTooSmallError: the asked cap, or that on a device, lies below the floor.
-        CapTooLargeError, DeviceError: as `engine.Model.open`.
+        CapTooLargeError, DeviceError, PlatformError: as `engine.Model.open`.
         PromptError: the context is beyond the model's.
     """
     from flashinfer.text import load_tokenizer
 
+    check_reader(run.io.reader, device)
     store = open_store(path)
     m = store.manifest
     # what `generate` holds before it asks the resolver: the same cap must give the same plan

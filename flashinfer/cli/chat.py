@@ -28,6 +28,7 @@ from flashinfer.cli.options import (
 )
 from flashinfer.cli.run_options import (
     DEFAULT_OBJECTIVE,
+    DEFAULT_READER,
     DEFAULT_THREADS,
     DEFAULT_WINDOW,
     Device,
@@ -35,6 +36,7 @@ from flashinfer.cli.run_options import (
     MinPOption,
     ObjectiveOption,
     PenaltyOption,
+    ReaderOption,
     SeedOption,
     StopOption,
     SystemOption,
@@ -78,6 +80,7 @@ def command(
     seed: SeedOption = None,
     stop: StopOption = None,
     io_objective: ObjectiveOption = DEFAULT_OBJECTIVE,
+    reader: ReaderOption = DEFAULT_READER,
     threads: ThreadsOption = DEFAULT_THREADS,
     backend: BackendOption = DEFAULT_BACKEND,
     predictor: PredictorOption = RunConfig.predictor,
@@ -108,8 +111,8 @@ def command(
     template = chat_template_of(store, chat_template)
     with load(
         store, memory=cap.memory, weight_memory=cap.weight_memory, vram=cap.vram, context=context, window=window,
-        io_objective=io_objective.value, threads=threads, device=device.value, backend=backend.value,
-        predictor=predictor, max_ppl_increase=worse, adapter=adapter, kv_type=kv_type.value,
+        io_objective=io_objective.value, reader=reader.value, threads=threads, device=device.value,
+        backend=backend.value, predictor=predictor, max_ppl_increase=worse, adapter=adapter, kv_type=kv_type.value,
     ) as model:  # fmt: skip
         with Chat(model, ChatFormat(template, model.tokenizer), system=system, context_shift=context_shift) as chat:
             options = {"max_new_tokens": max_new_tokens, "stop": stop or [], **sampling}

@@ -33,6 +33,7 @@ from flashinfer.cli.options import (
 )
 from flashinfer.cli.run_options import (
     DEFAULT_OBJECTIVE,
+    DEFAULT_READER,
     DEFAULT_THREADS,
     DEFAULT_WINDOW,
     Device,
@@ -40,6 +41,7 @@ from flashinfer.cli.run_options import (
     MinPOption,
     ObjectiveOption,
     PenaltyOption,
+    ReaderOption,
     SeedOption,
     StopOption,
     SystemOption,
@@ -91,6 +93,7 @@ def command(
     system: SystemOption = None,
     chat_template: TemplateOption = None,
     io_objective: ObjectiveOption = DEFAULT_OBJECTIVE,
+    reader: ReaderOption = DEFAULT_READER,
     threads: ThreadsOption = DEFAULT_THREADS,
     backend: BackendOption = DEFAULT_BACKEND,
     predictor: PredictorOption = RunConfig.predictor,
@@ -159,8 +162,9 @@ def command(
 
     with Trace(trace) if trace else nullcontext() as timeline, load(
         store, memory=cap.memory, weight_memory=cap.weight_memory, vram=cap.vram, context=context or room,
-        window=window, io_objective=io_objective.value, threads=threads, device=device.value, backend=backend.value,
-        predictor=predictor, max_ppl_increase=worse, adapter=adapter, kv_type=kv_type.value, trace=timeline,
+        window=window, io_objective=io_objective.value, reader=reader.value, threads=threads, device=device.value,
+        backend=backend.value, predictor=predictor, max_ppl_increase=worse, adapter=adapter, kv_type=kv_type.value,
+        trace=timeline,
     ) as model, _recording(record, store, model):  # fmt: skip
         start, end = asked(model.tokenizer)
         stream = model.stream(

@@ -27,8 +27,8 @@ from flashinfer.cli.options import (
     parse_predictor_options,
     set_log_level,
 )
-from flashinfer.cli.run_options import ADAPTED, Device, DeviceOption
-from flashinfer.config import Rates, RunConfig
+from flashinfer.cli.run_options import ADAPTED, DEFAULT_READER, Device, DeviceOption, ReaderOption
+from flashinfer.config import IoConfig, Rates, RunConfig
 
 if TYPE_CHECKING:
     from flashinfer.bench.promise import Promise, Row
@@ -49,6 +49,7 @@ def command(
         int | None, typer.Option(min=1, help="Tokens of prompt and continuation together. (default: up to 4096)")
     ] = None,
     device: DeviceOption = Device.CPU,
+    reader: ReaderOption = DEFAULT_READER,
     backend: BackendOption = DEFAULT_BACKEND,
     predictor: PredictorOption = RunConfig.predictor,
     max_ppl_increase: MaxPplOption = DEFAULT_PPL,
@@ -72,7 +73,7 @@ def command(
     predictor, worse = parse_predictor_options(predictor, max_ppl_increase, experts_per_token)
     run = RunConfig(
         backend=backend.value, kv_type=kv_type.value, threads=threads, predictor=predictor, max_ppl_increase=worse,
-        adapter=adapter,
+        adapter=adapter, io=IoConfig(reader=reader.value),
     )  # fmt: skip
     from rich.console import Console
 

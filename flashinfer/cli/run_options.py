@@ -25,8 +25,17 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
-DEFAULT_OBJECTIVE, DEFAULT_WINDOW, DEFAULT_THREADS = (
-    Objective(IoConfig.objective), CacheConfig.window, RunConfig.threads,
+class Reader(StrEnum):
+    """How the store is read."""
+
+    AUTO = "auto"
+    IO_URING = "io_uring"
+    THREADS = "threads"
+    KVIKIO = "kvikio"
+
+
+DEFAULT_OBJECTIVE, DEFAULT_READER, DEFAULT_WINDOW, DEFAULT_THREADS = (
+    Objective(IoConfig.objective), Reader(IoConfig.reader), CacheConfig.window, RunConfig.threads,
 )  # fmt: skip
 ADAPTED = "with an adapter: calibrated predictors are not used"
 """What is said of a run with one: `auto`, too, is exact then."""
@@ -39,6 +48,9 @@ PenaltyOption = Annotated[float | None, typer.Option(help="Above 1 avoids tokens
 SeedOption = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 StopOption = Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")]
 ObjectiveOption = Annotated[Objective, typer.Option(help="time: fastest; bytes: fewest bytes read.")]
+ReaderOption = Annotated[
+    Reader, typer.Option(help="auto: io_uring, or threads where there is none; kvikio: straight to a GPU's memory.")
+]
 ThreadsOption = Annotated[int, typer.Option(min=0, help="Compute threads; 0 is all cores.")]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 SystemOption = Annotated[

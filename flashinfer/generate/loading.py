@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from flashinfer import machine
 from flashinfer.choice import parse_predictor
-from flashinfer.config import BackendName, CacheConfig, Cap, IoConfig, IoObjective, KvType, RunConfig
+from flashinfer.config import BackendName, CacheConfig, Cap, IoConfig, IoObjective, KvType, ReaderName, RunConfig
 from flashinfer.generate.text_model import TextModel
 from flashinfer.store import Store, open_store
 from flashinfer.text import (
@@ -32,6 +32,7 @@ def load(
     context: int | Callable[[Tokenizer], int] | None = None,
     window: int = CacheConfig.window,
     io_objective: IoObjective = IoConfig.objective,
+    reader: ReaderName = IoConfig.reader,
     threads: int = RunConfig.threads,
     device: str = "cpu",
     backend: BackendName = RunConfig.backend,
@@ -54,6 +55,7 @@ def load(
             function is asked for what it wants room for once the tokenizer is there, up to the model's limit.
         window: tokens whose neurons the cache tries to keep.
         io_objective: `time` (fastest) or `bytes` (fewest bytes read).
+        reader: `auto`, `io_uring`, `threads`, or `kvikio`, which reads straight to the memory of a GPU.
         threads: compute threads; 0 means the cores this process may run on.
         device: `cpu` or `cuda`.
         backend: what computes on the CPU: `native`, `torch`, or `auto` (the native core where it was built).
@@ -71,13 +73,14 @@ def load(
         StoreError: the store, or the tokenizer in it, is missing or damaged.
         CapTooSmallError: the cap, or `vram`, is below the model's floor.
         CapTooLargeError: `memory` is more than this process may use, or `vram` more than is free on the device.
-        DeviceError: the device is not there, or `vram` is given and it has no memory of its own.
+        DeviceError: the device is not there, or `vram` or `reader` is for one and it has no memory of its own.
+        PlatformError: the reader cannot read here.
         PredictorError: the store was not calibrated for that predictor, or not with the adapter.
         CheckpointError: the adapter is missing, damaged, for another model, or asks for more than a run can do.
     """
     run = RunConfig(
-        io=IoConfig(objective=io_objective), cache=CacheConfig(window=window), backend=backend, kv_type=kv_type,
-        threads=threads, predictor=predictor, max_ppl_increase=max_ppl_increase,
+        io=IoConfig(objective=io_objective, reader=reader), cache=CacheConfig(window=window), backend=backend,
+        kv_type=kv_type, threads=threads, predictor=predictor, max_ppl_increase=max_ppl_increase,
         adapter=None if adapter is None else Path(adapter),
     )  # fmt: skip
     _check_run(run)
@@ -132,7 +135,10 @@ def _check_run(run: RunConfig) -> None:
     parse_predictor(run.predictor)
     if not 0.0 <= run.max_ppl_increase < float("inf"):
         raise ValueError(f"max_ppl_increase must be a share of at least 0, not {run.max_ppl_increase}")
-    choices = {"io_objective": (run.io.objective, IoObjective), "backend": (run.backend, BackendName)}
-    for name, (value, kind) in (choices | {"kv_type": (run.kv_type, KvType)}).items():
+    choices: dict[str, tuple[str, Any]] = {
+        "io_objective": (run.io.objective, IoObjective), "reader": (run.io.reader, ReaderName),
+        "backend": (run.backend, BackendName), "kv_type": (run.kv_type, KvType),
+    }  # fmt: skip
+    for name, (value, kind) in choices.items():
         if value not in get_args(kind):
             raise ValueError(f"{name} must be {' or '.join(get_args(kind))}, not {value!r}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from flashinfer.config import IoConfig
 from flashinfer.errors import PlatformError
 from flashinfer.io.buffers import AlignedBuffer
+from flashinfer.io.kvikio import KvikioReader
 from flashinfer.io.memory import MemoryReader
 from flashinfer.io.plan import (
     RangePlan,
@@ -18,13 +19,15 @@ from flashinfer.io.plan import (
     plan_records,
     worst_case_bytes,
 )
-from flashinfer.io.reader import Extents, Pending, Reader, ReaderFactory, ReadStats
+from flashinfer.io.reader import DeviceReader, Extents, Pending, Reader, ReaderFactory, ReadStats
 from flashinfer.io.threads import ThreadReader
 from flashinfer.io.uring import UringReader
 
 __all__ = [
     "AlignedBuffer",
+    "DeviceReader",
     "Extents",
+    "KvikioReader",
     "MemoryReader",
     "Pending",
     "RangePlan",
@@ -36,6 +39,7 @@ __all__ = [
     "UringReader",
     "cheapest",
     "group_tiles",
+    "open_host_reader",
     "open_reader",
     "plan_range",
     "plan_records",
@@ -43,16 +47,32 @@ __all__ = [
 ]
 
 
-def open_reader(
-    paths: Sequence[Path], config: IoConfig, *, direct: bool = True, timed: bool = False
-) -> ThreadReader | UringReader:
+def open_reader(paths: Sequence[Path], config: IoConfig) -> Reader:
     """The reader for these files on this machine; its `note` says how it reads, and why not with io_uring.
-
-    Without `direct`, reads go through the page cache. `timed`: how long each read took can be asked for.
 
     Raises:
         StoreError: a file cannot be opened.
-        PlatformError: on Windows, or io_uring was asked for by name and there is none.
+        PlatformError: on Windows, or a reader was asked for by name and cannot read here.
+    """
+    host = open_host_reader(paths, config)
+    if config.reader != "kvikio":
+        return host
+    try:
+        return KvikioReader(paths, host, threads=config.threads)
+    except PlatformError as error:
+        host.close()
+        raise PlatformError(f"{error}; or read without --reader kvikio") from error
+    except BaseException:
+        host.close()
+        raise
+
+
+def open_host_reader(
+    paths: Sequence[Path], config: IoConfig, *, direct: bool = True, timed: bool = False
+) -> ThreadReader | UringReader:
+    """As `open_reader`, to the host's memory alone.
+
+    Without `direct`, reads go through the page cache. `timed`: how long each read took can be asked for.
     """
     if config.reader == "threads":
         return ThreadReader(paths, threads=config.threads, direct=direct, timed=timed)

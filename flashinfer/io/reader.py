@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from flashinfer.config import FILE_ALIGNMENT, STORE_ALIGNMENT
+
 Index = npt.NDArray[np.int64]
+DeviceMemory = Any
+"""Bytes of a device: what has the CUDA array interface, and of which a slice is a view, as a tensor of torch."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,23 @@ class Reader(Protocol):
         ...
 
 
+@runtime_checkable
+class DeviceReader(Reader, Protocol):
+    """A reader that reads straight to the memory of a device, too, with the same promises. Who has such a one need not
+    copy from the host's memory what came through it."""
+
+    def submit_to_device(self, file: int, extents: Extents, target: DeviceMemory) -> Pending:
+        """As `submit`, to a device's memory, and counted in the same `stats`. What the device was asked for before,
+        and writes to these bytes or uses them, must have ended.
+
+        Before: offsets, lengths and targets are multiples of FILE_ALIGNMENT, which is a page of such devices.
+
+        Raises:
+            ValueError: they are not, the target is none, or the reader is closed.
+        """
+        ...
+
+
 class ReaderFactory(Protocol):
     """How a caller opens files with the reader of its choice."""
 
@@ -106,15 +127,39 @@ def check_request(extents: Extents, target: npt.NDArray[np.uint8], alignment: in
         ValueError: the first condition that is broken.
     """
     check_target(target)
+    if len(extents.offsets) and int(target.ctypes.data) & (alignment - 1):
+        raise ValueError(f"the buffer's address must be a multiple of {alignment}")
+    _check_extents(extents, len(target), alignment)
+
+
+def check_device_request(extents: Extents, target: DeviceMemory) -> None:
+    """What must hold before a submit to a device.
+
+    Raises:
+        ValueError: the first condition that is broken.
+    """
+    seen = getattr(target, "__cuda_array_interface__", None)
+    if seen is None:
+        raise ValueError(f"the target must be memory of a device, not {type(target).__name__}")
+    address, read_only = seen["data"]
+    if seen["typestr"] != "|u1" or len(seen["shape"]) != 1 or seen.get("strides") not in (None, (1,)) or read_only:
+        raise ValueError("the target must be writable contiguous one-dimensional bytes of a device")
+    if address % STORE_ALIGNMENT:
+        raise ValueError(f"the address on the device must be a multiple of {STORE_ALIGNMENT}")
+    _check_extents(extents, seen["shape"][0], FILE_ALIGNMENT)
+
+
+def _check_extents(extents: Extents, size: int, alignment: int) -> None:
+    """They fit a target of so many bytes. Raises ValueError."""
     if not len(extents.offsets) == len(extents.lengths) == len(extents.targets):
         raise ValueError("offsets, lengths and targets must have the same length")
     if not len(extents.offsets):
         return
     bits = extents.offsets | extents.lengths | extents.targets  # negative where one of them is
     every = int(np.bitwise_or.reduce(bits))
-    if (every | int(target.ctypes.data)) & (alignment - 1):
-        raise ValueError(f"offsets, lengths, targets and the buffer's address must be multiples of {alignment}")
+    if every & (alignment - 1):
+        raise ValueError(f"offsets, lengths and targets must be multiples of {alignment}")
     if every < 0 or int(extents.lengths.min()) == 0:
         raise ValueError("offsets and targets must not be negative, lengths must be positive")
-    if int((extents.targets + extents.lengths).max()) > len(target):
-        raise ValueError(f"an extent ends beyond the target's {len(target)} bytes")
+    if int((extents.targets + extents.lengths).max()) > size:
+        raise ValueError(f"an extent ends beyond the target's {size} bytes")

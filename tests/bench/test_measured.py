@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from flashinfer.bench.known import ENOUGH, Known, KnownDisk, cache_file, load_kn
 from flashinfer.bench.place import Place, place_of
 from flashinfer.bench.rates import measure_rates
 from flashinfer.config import DiskCurve, Rates
+from flashinfer.io import kvikio
 from flashinfer.units import KIB, MIB
+from tests.io.kvikio_stand_in import StandIn, install
 
 PLACE = Place("ext4", "nvme0n1", "ssd")
 DISK = KnownDisk(DiskCurve(1e-6, 5e9, 70e-6), ENOUGH, "2026-01-01T00:00:00+00:00", "direct")
@@ -186,6 +189,33 @@ def test_doctor_on_a_card(monkeypatch: pytest.MonkeyPatch, installed, why, text:
     assert found["GPU"].text == "Some Card (used with --device cuda)"
     assert found["GPU kernels"].text.startswith(text)
     assert found["GPU kernels"].advice == advice
+    assert found["GPU reads"].text.startswith("through the host's memory; ")
+
+
+@pytest.mark.parametrize(
+    ("installed", "text"),
+    [
+        (None, "; no kvikio here: it is not installed; pip install 'flashinfer-offload[gds]'"),
+        (StandIn(gds=True), f"; with --reader kvikio: kvikio {StandIn.__version__}, GPUDirect Storage"),
+        (StandIn(), "because the kernel module nvidia-fs is not loaded"),
+        (
+            StandIn(driver_error="libcuda.so.1: no file"),
+            "there is no NVIDIA driver (libcuda.so.1: no file); install it",
+        ),
+    ],
+)
+def test_doctor_says_how_a_card_could_be_read_to(
+    monkeypatch: pytest.MonkeyPatch, installed: StandIn | None, text: str
+) -> None:
+    if installed is None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    else:
+        install(monkeypatch, installed)
+    monkeypatch.setattr(kvikio, "_driver", lambda: None)
+    said = checkup._gpu_reads()
+    assert said.status == "ok"
+    assert said.text.startswith("through the host's memory; ")
+    assert said.text.endswith(text)
 
 
 def test_doctor_finds_a_damaged_store(tmp_path: Path) -> None:

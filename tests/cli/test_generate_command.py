@@ -75,11 +75,13 @@ def test_options_reach_load(loaded: Loaded) -> None:
     options = ["--memory", "1GiB", "--window", "9", "--io-objective", "bytes", "--threads", "2"]
     options += ["--context", "32", "--device", "cuda", "--backend", "torch", "--kv-type", "f16"]
     options += ["--predictor", "low-rank:0.98", "--max-ppl-increase", "2%", "--adapter", "a.lora", "--vram", "6GiB"]
+    options += ["--reader", "kvikio"]
     assert cli.main(["generate", "a.flash", "-p", "abc", *options]) == 0
     assert loaded.arguments == {
         "store": Path("a.flash"), "memory": 1 << 30, "weight_memory": None, "vram": 6 << 30, "window": 9,
-        "io_objective": "bytes", "threads": 2, "context": 32, "device": "cuda", "backend": "torch", "kv_type": "f16",
-        "trace": None, "predictor": "low-rank:0.98", "max_ppl_increase": 0.02, "adapter": Path("a.lora"),
+        "io_objective": "bytes", "reader": "kvikio", "threads": 2, "context": 32, "device": "cuda", "backend": "torch",
+        "kv_type": "f16", "trace": None, "predictor": "low-rank:0.98", "max_ppl_increase": 0.02,
+        "adapter": Path("a.lora"),
     }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from flashinfer.config import IoConfig
 from flashinfer.errors import StoreReadError
-from flashinfer.io import AlignedBuffer, ThreadReader, UringReader, open_reader, uring
+from flashinfer.io import AlignedBuffer, ThreadReader, UringReader, open_host_reader, uring
 from flashinfer.io.files import OpenFile
 from tests.io.reader_conformance import FILE_BYTES, assert_reads, contents, extents
 
@@ -34,7 +34,7 @@ def opened(
     path: Path, name: Literal["io_uring", "threads"], *, timed: bool = True
 ) -> Iterator[ThreadReader | UringReader]:
     skip_without(name)
-    with contextlib.closing(open_reader([path], IoConfig(reader=name, depth=4, threads=4), timed=timed)) as reader:
+    with contextlib.closing(open_host_reader([path], IoConfig(reader=name, depth=4, threads=4), timed=timed)) as reader:
         yield reader
 
 
