@@ -27,7 +27,8 @@ class Account:
     hits, misses: records found in a slot, records that had to be read. guessed_bytes: of the bytes read, those read
     before anybody needed them; guessed_useful: of these, those of records that then were needed.
     copied_bytes: weights copied to a device that has its own memory; copied_back_bytes: records that left its slots for
-    the host's; copies: the transfers both took.
+    the host's; copies: the transfers both took. bytes_to_device: of the bytes read, those read straight to its
+    memory. They cross the same bus, and are not among the bytes copied.
     """
 
     steps: int = 0
@@ -48,6 +49,7 @@ class Account:
     copied_bytes: int = 0
     copied_back_bytes: int = 0
     copies: int = 0
+    bytes_to_device: int = 0
 
     @property
     def management(self) -> float:
@@ -155,12 +157,13 @@ class Ledger:
             return NOTHING
         return self._timing(name, None, **({} if layer is None else {"layer": layer}))
 
-    def submitted(self, name: str, size: int, reads: int, useful: int) -> int:
+    def submitted(self, name: str, size: int, reads: int, useful: int, *, to_device: bool = False) -> int:
         """Charge a batch of reads that is on its way; returns its number in the trace."""
         account = self.current
         account.bytes_read += size
         account.reads += reads
         account.useful_bytes += useful
+        account.bytes_to_device += size if to_device else 0
         return 0 if self.trace is None else self.trace.reads_submitted(name, size, reads)
 
     def copied(self, size: int, transfers: int, *, back: bool = False) -> None:

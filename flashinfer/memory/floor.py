@@ -57,7 +57,7 @@ def least_plan(m: Manifest, r: Request, *, streams: bool) -> Plan:
         weight_vectors=vectors,
         weight_resident=0,
         weight_slots=0,
-        weight_staging=2 * (neuron_staging + piece) + (0 if device is None else LOAD_CHUNK),
+        weight_staging=2 * (neuron_staging + piece) + (0 if device is None else LOAD_CHUNK + r.run.io.bounce),
         weight_scratch=scratch + lookup + round_up(bundle, FILE_ALIGNMENT),
         baseline=r.baseline + r.footprint.growth,
         kv_cache=kv_cache,

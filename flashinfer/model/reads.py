@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from flashinfer.errors import StoreReadError
-from flashinfer.io import Extents, Pending, Reader
+from flashinfer.io import DeviceReader, Extents, Pending, Reader
+from flashinfer.io.reader import DeviceMemory
 from flashinfer.ledger import Ledger
 
 
@@ -32,9 +33,25 @@ class Reads:
         """Start reading, and charge it; `useful` of the bytes are wanted (0: the caller says so itself)."""
         number = self._ledger.submitted(self._name, extents.total, len(extents.offsets), useful)
         with self._ledger.submitting(self._name):
-            reading = Reading(self._reader.submit(self._file, extents, target), number)
-        self._under_way.append(reading)
-        return reading
+            pending = self._reader.submit(self._file, extents, target)
+        return self._begun(pending, number)
+
+    @property
+    def reach_device(self) -> bool:
+        """Whether there is `submit_to_device`."""
+        return isinstance(self._reader, DeviceReader)
+
+    def submit_to_device(self, extents: Extents, target: DeviceMemory, useful: int = 0) -> Reading:
+        """As `submit`, straight to a device's memory (see `io.reader.DeviceReader`)."""
+        assert isinstance(self._reader, DeviceReader)
+        number = self._ledger.submitted(self._name, extents.total, len(extents.offsets), useful, to_device=True)
+        with self._ledger.submitting(self._name):
+            pending = self._reader.submit_to_device(self._file, extents, target)
+        return self._begun(pending, number)
+
+    def _begun(self, pending: Pending, number: int) -> Reading:
+        self._under_way.append(Reading(pending, number))
+        return self._under_way[-1]
 
     def wait(self, reading: Reading) -> None:
         """Block until they have ended. Raises StoreReadError where one of them failed."""

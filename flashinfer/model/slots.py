@@ -6,7 +6,7 @@ need not ask which of the two has them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,8 @@ import numpy.typing as npt
 from flashinfer.backend import Backend
 from flashinfer.backend.bookkeeping import Bookkeeping
 from flashinfer.cache import Change, Chosen, exchange
-from flashinfer.io import plan_range
+from flashinfer.config import FILE_ALIGNMENT
+from flashinfer.io import RangePlan, plan_range
 from flashinfer.ledger import Ledger
 from flashinfer.memory import Plan
 from flashinfer.model.arena import Arena
@@ -106,7 +107,8 @@ class Slots:
     def load(self, layer: int, reads: Reads, alignment: int, max_extent: int) -> Index:
         """Fill the slots with the layer's first records, as far as they reach; slot i has record `load(...)[i]`.
 
-        The arena's are read straight from the disk; what is on the device comes through the read buffers.
+        The arena's are read straight from the disk. What is on the device is read there, where the reader can, else it
+        comes through the read buffers.
         """
         g, size = self._geometries[layer], self._sizes[layer]
         near, far = self.near[layer], self.total[layer] - self.near[layer]
@@ -115,16 +117,43 @@ class Slots:
             plan = plan_range(g.offset, far * size, alignment=alignment, max_extent=max_extent)
             memory = self._arena.bytes[self._arena.slots[layer] :][: plan.extents.total]
             reads.wait(reads.submit(plan.extents, memory, far * size))
-        buffer = self._arena.bytes[self._arena.staging :]
-        step = (len(buffer) - 2 * alignment) // size
-        for first in range(far, far + near, step):
-            count = min(step, far + near - first)
-            plan = plan_range(g.offset + first * size, count * size, alignment=alignment, max_extent=max_extent)
-            reads.wait(reads.submit(plan.extents, buffer[: plan.extents.total], count * size))
-            assert self._uploads is not None
-            at = self._uploads.arena.slots[layer] + (first - far) * size
-            self._uploads.staying(at, buffer[plan.place : plan.place + count * size])
+        if near and self._uploads is not None:
+            if reads.reach_device:
+                self._load_there(layer, self._uploads, reads, max_extent)
+            else:
+                self._load_through(layer, self._uploads, reads, alignment, max_extent)
         return np.concatenate((np.arange(far, far + near), np.arange(far)))
+
+    def _load_through(self, layer: int, uploads: Uploads, reads: Reads, alignment: int, max_extent: int) -> None:
+        """The device's slots of a layer by way of the read buffers."""
+        buffer = self._arena.bytes[self._arena.staging :]
+        for at, length, plan in self._parts(layer, uploads, len(buffer), alignment, max_extent):
+            reads.wait(reads.submit(plan.extents, buffer[: plan.extents.total], length))
+            uploads.staying(at, buffer[plan.place : plan.place + length])
+
+    def _load_there(self, layer: int, uploads: Uploads, reads: Reads, max_extent: int) -> None:
+        """The device's slots of a layer by way of its halves, which lie side by side and which nothing uses yet: a read
+        is of whole pages, in which records begin anywhere."""
+        start, room = uploads.arena.halves[0], 2 * uploads.arena.half
+        buffer = uploads.arena.memory[start : start + room]
+        uploads.wait()  # the memory is given out before its zeros are written
+        for at, length, plan in self._parts(layer, uploads, room, FILE_ALIGNMENT, max_extent):
+            reads.wait(reads.submit_to_device(plan.extents, buffer[: plan.extents.total], length))
+            uploads.move(np.array([at]), np.array([start + plan.place]), length)
+            uploads.wait()
+
+    def _parts(
+        self, layer: int, uploads: Uploads, room: int, alignment: int, max_extent: int
+    ) -> Iterator[tuple[int, int, RangePlan]]:
+        """The records of a layer that the device has slots for, as many at a time as are read to `room` bytes: the byte
+        of its arena where they go, their bytes, and their reads."""
+        g, size = self._geometries[layer], self._sizes[layer]
+        first, end = self.total[layer] - self.near[layer], self.total[layer]
+        at, step = uploads.arena.slots[layer], (room - 2 * alignment) // size
+        for record in range(first, end, step):
+            length = min(step, end - record) * size
+            plan = plan_range(g.offset + record * size, length, alignment=alignment, max_extent=max_extent)
+            yield at + (record - first) * size, length, plan
 
     def wait(self) -> None:
         """Block until the arena's bytes may be written to again."""
