@@ -126,10 +126,10 @@ def _try(ring: Ring, files: Sequence[OpenFile]) -> None:
     """One small read: a kernel may make a ring and yet not know the request. Raises OSError when it fails."""
     if not files:
         return
-    unit = np.array([files[0].alignment])
+    unit = max(file.alignment for file in files)  # the ring's, whichever file is read
     nowhere = np.zeros(1, dtype=np.int64)
-    with AlignedBuffer(files[0].alignment) as buffer:
-        failure = ring.wait(ring.submit(0, nowhere, unit, nowhere, buffer.array))
+    with AlignedBuffer(unit) as buffer:
+        failure = ring.wait(ring.submit(0, nowhere, np.array([unit]), nowhere, buffer.array))
     if failure is not None and failure[1]:
         raise OSError(failure[1], os.strerror(failure[1]))
 

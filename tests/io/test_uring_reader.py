@@ -12,6 +12,7 @@ import textwrap
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import cast
 
@@ -314,6 +315,16 @@ def test_the_depth_has_bounds(tmp_path: Path, depth: int) -> None:
     with pytest.raises(ValueError, match="in flight"):
         UringReader(write(tmp_path, (b"x",)), depth=depth)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_files_of_different_units_can_be_opened(tmp_path: Path) -> None:
+    """One that is too short for a direct read of 512 bytes away from its start is read in pages."""
+    paths = [tmp_path / "long", tmp_path / "short"]
+    for path, size in zip(paths, (8192, 600), strict=True):
+        path.write_bytes(bytes(size))
+    for order in (paths, paths[::-1]):
+        with closing(UringReader(order, depth=4)) as reader:
+            assert reader.alignment >= 512
 
 
 def test_an_empty_file_can_be_opened(tmp_path: Path) -> None:
