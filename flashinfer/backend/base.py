@@ -148,8 +148,9 @@ class Backend(Protocol):
         """RMSNorm or LayerNorm over every `size` values of a row (None: over the row); so long are weight and bias."""
         ...
 
-    def rotate(self, x: Buffer, head_dim: int, cos: Floats, sin: Floats) -> Buffer:
-        """Rotary positions on `[tokens, heads * head_dim]`; cos, sin `[tokens, rotary_dim / 2]`, halves convention."""
+    def rotate(self, x: Buffer, head_dim: int, cos: Buffer, sin: Buffer, first: int) -> Buffer:
+        """Rotary positions first, first+1, ... on `[tokens, heads * head_dim]`, halves convention; cos, sin: resident
+        tables `[positions, rotary_dim / 2]`."""
         ...
 
     def share(self, x: Buffer, shared: Buffer, heads: int) -> Buffer:

@@ -131,9 +131,9 @@ class NativeBackend:
         self._engine.norm(out, rows, weight, bias if kind == "layer" else None, kind == "layer", eps)
         return out.reshape(x.shape)
 
-    def rotate(self, x: Floats, head_dim: int, cos: Floats, sin: Floats) -> Floats:
-        out = np.empty_like(x)
-        self._engine.rotate(out, x, head_dim, cos, sin)
+    def rotate(self, x: Floats, head_dim: int, cos: Floats, sin: Floats, first: int) -> Floats:
+        out, rows = np.empty_like(x), slice(first, first + len(x))
+        self._engine.rotate(out, x, head_dim, cos[rows], sin[rows])
         return out
 
     # -- attention

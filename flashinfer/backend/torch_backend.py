@@ -154,10 +154,10 @@ class TorchBackend:
         y = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
         return (y if weight is None else y.mul_(weight)).view(x.shape)
 
-    def rotate(self, x: Tensor, head_dim: int, cos: Floats, sin: Floats) -> Tensor:
+    def rotate(self, x: Tensor, head_dim: int, cos: Tensor, sin: Tensor, first: int) -> Tensor:
         half = cos.shape[1]
         heads = x.view(x.shape[0], -1, head_dim)
-        c, s = (torch.from_numpy(a).to(self._device)[:, None, :] for a in (cos, sin))
+        c, s = (table[first : first + len(x), None, :] for table in (cos, sin))
         a, b, rest = heads[..., :half], heads[..., half : 2 * half], heads[..., 2 * half :]
         return torch.cat((a * c - b * s, b * c + a * s, rest), dim=-1).view(x.shape)
 

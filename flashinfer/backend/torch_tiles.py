@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashinfer.backend.base import Scoring
-from flashinfer.backend.torch_weights import DTYPES, unpack
+from flashinfer.backend.torch_weights import DTYPES, pack_int8g32, unpack
 from flashinfer.config import TILE_KEYS, TILE_TOKENS
-from flashinfer.quant import codec_named
 from flashinfer.store.facts import Activation, UpActivation
 
 SWIGLU_LIMIT = 7.0
@@ -55,8 +54,7 @@ class Kv:
     def encoded(self, values: Tensor) -> Tensor:
         """Values `[..., dim]` as they are kept."""
         if self.codec == "int8g32":
-            rows = codec_named(self.codec).encode(values.reshape(-1, values.shape[-1]).cpu().numpy())
-            return torch.from_numpy(rows).view(*values.shape[:-1], -1).to(values.device)
+            return pack_int8g32(values.reshape(-1, values.shape[-1])).view(*values.shape[:-1], -1)
         return values.to(DTYPES[self.codec]).view(torch.uint8)
 
     def keys(self, low: int, end: int) -> Tensor:

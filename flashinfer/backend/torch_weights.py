@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flashinfer.backend.base import Bytes, Index
@@ -12,7 +13,7 @@ from flashinfer.backend.footprint import UNPACK_PARTS
 from flashinfer.backend.torch_codes import unpack_codes
 from flashinfer.quant import Codec, Grouped, LlmInt8, codec_named
 from flashinfer.quant.int8 import INT8
-from flashinfer.quant.int8g32 import BLOCK
+from flashinfer.quant.int8g32 import BLOCK, LARGEST
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -78,6 +79,26 @@ def _unpack_grouped(raw: Tensor, codec: Grouped | LlmInt8, values: Tensor) -> No
         halves = raw[:, at : at + 2 * count].clone(memory_format=torch.contiguous_format).view(torch.float16)
         values[:, list(codec.outliers)] = halves.float()
     return None
+
+
+def pack_int8g32(values: Tensor) -> Tensor:
+    """Float32 `[n, elements]` as encoded rows, with the bits of the codec's `encode`, where the values are.
+
+    Raises OverflowError as it does, but on a card, where nobody waits to look: scales there are infinite, and what is
+    decoded no number.
+    """
+    count, elements = values.shape
+    blocks = -(-elements // BLOCK)
+    padded = F.pad(values, (0, blocks * BLOCK - elements)).view(count, blocks, BLOCK)
+    largest = padded.abs().amax(dim=2)
+    scales = (largest.double() / LARGEST).half()
+    low = scales.float() * LARGEST < largest
+    scales = (scales.view(torch.int16) + low).view(torch.float16)  # the next float16, of those that are not negative
+    if values.device.type == "cpu" and not scales.isfinite().all():
+        raise OverflowError(f"a value lies beyond {LARGEST} * 65504, the range of int8g32, or is no number; use f32")
+    divisors = torch.where(scales > 0, scales, 1).double()
+    integers = (padded / divisors[:, :, None]).round().to(torch.int8)
+    return torch.cat((scales.view(torch.uint8), integers.view(torch.uint8).view(count, -1)), dim=1)
 
 
 def _unpack_int8g32(raw: Tensor, values: Tensor) -> Tensor:

@@ -25,7 +25,11 @@ class Heads:
         # whole tiles: the padding rows of a prompt's last tile may stand for positions beyond the context
         positions = round_up(context, TILE_TOKENS)
         ropes = {facts.rope_of(i) for i in range(facts.num_layers)}
-        self._tables = {rope: rotary_tables(rope, positions, context) for rope in ropes if rope is not None}
+        self._tables = {
+            rope: [self._backend.vector(table) for table in rotary_tables(rope, positions, context)]
+            for rope in ropes
+            if rope is not None
+        }
 
     def prepare(self, layer: int, part: Literal["q", "k"], x: Buffer, rows: Rows) -> Buffer:
         """Queries or keys of a layer as attention wants them, which divides products by `sqrt(head_dim)`. May
@@ -44,8 +48,9 @@ class Heads:
         """Rotary positions on whole heads; or on the turned part alone `[tokens, rotary_dim]`, which heads share."""
         if (rope := self._facts.rope_of(layer)) is None:
             return x
-        cos, sin = (t[rows.first : rows.first + rows.total] for t in self._tables[rope])
-        return self._backend.rotate(x, rope.rotary_dim if shared else self._facts.head_dim, cos, sin)
+        dim = rope.rotary_dim if shared else self._facts.head_dim
+        cos, sin = self._tables[rope]
+        return self._backend.rotate(x, dim, cos, sin, rows.first)
 
     def _norm(self, name: str, x: Buffer) -> Buffer:
         f, backend = self._facts, self._backend

@@ -252,9 +252,11 @@ class BackendConformance:
     @pytest.mark.parametrize(("dim", "half"), [(8, 4), (20, 6), (64, 32)])
     @pytest.mark.parametrize("tokens", [1, 16])
     def test_rotate(self, backend: Backend, dim: int, half: int, tokens: int) -> None:
-        x, angle = normal(1, tokens, 3 * dim), np.random.default_rng(2).random((tokens, half))
-        cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-        found = backend.fetch(backend.rotate(backend.place(x), dim, cos, sin))
+        x, angle = normal(1, tokens, 3 * dim), np.random.default_rng(2).random((tokens + 8, half))
+        tables = [turn(angle).astype(np.float32) for turn in (np.cos, np.sin)]
+        placed = (backend.vector(table) for table in tables)
+        found = backend.fetch(backend.rotate(backend.place(x), dim, *placed, 5))
+        cos, sin = (table[5 : 5 + tokens] for table in tables)
         expected = x.reshape(tokens, 3, dim).astype(np.float64)
         a, b = expected[..., :half].copy(), expected[..., half : 2 * half].copy()
         expected[..., :half] = a * cos[:, None] - b * sin[:, None]

@@ -5,9 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flashinfer.backend import Backend, torch_backend
-from flashinfer.quant import Codec
+from flashinfer.backend.torch_weights import pack_int8g32
+from flashinfer.quant import Codec, codec_named
 from tests.backend.backend_conformance import BackendConformance, Layer, normal, tiles_of
 from tests.backend.code_conformance import CodeConformance
 
@@ -41,3 +44,21 @@ class TestTorchBackend(TorchMaker, BackendConformance):
 class TestCodes(TorchMaker, CodeConformance):
     def rounding(self, codec: str | Codec) -> float:
         return 0.0
+
+
+@given(st.integers(1, 9), st.integers(1, 100), st.integers(0, 2**32 - 1), st.sampled_from([-40, -10, 0, 10]))
+def test_int8g32_is_encoded_with_the_bits_of_the_codec(rows: int, elements: int, seed: int, scale: int) -> None:
+    """Quotients between two integers and blocks of zeros among them."""
+    rng = np.random.default_rng(seed)
+    sizes = 2.0 ** (scale + rng.integers(-8, 8, (rows, 1)))
+    values = (rng.standard_normal((rows, elements)) * sizes).astype(np.float32)
+    values[rng.random(values.shape) < 0.1] = 0
+    values[0, : elements // 2] = np.round(values[0, : elements // 2])
+    expected = codec_named("int8g32").encode(values)
+    assert np.array_equal(pack_int8g32(torch.from_numpy(values)).numpy(), expected)
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan, 127 * 65520.0])
+def test_what_int8g32_cannot_hold_is_refused(bad: float) -> None:
+    with pytest.raises(OverflowError, match="the range of int8g32"):
+        pack_int8g32(torch.tensor([[1.0, bad]]))
