@@ -36,7 +36,7 @@ def open_backend(device: str, threads: int, choice: BackendName = "auto") -> Bac
     """The backend for `cpu`, `cuda`, `cuda:N` or `APART`.
 
     On the CPU `auto` is the native one where it was built, else torch. Other devices are torch's, need one thread,
-    and have the feed-forward computed by Triton where that is installed and runs.
+    and have products of weights computed by Triton where that is installed and runs.
 
     Raises:
         DeviceError: it is not there.
@@ -81,7 +81,7 @@ def _on_card(device: str) -> Backend:
     from flashinfer.backend.triton_backend import TritonBackend, why_not
 
     if why := why_not(device):
-        log.warning("torch computes the feed-forward on %s, slowly: Triton's kernels do not run (%s)", device, why)
+        log.warning("torch computes on %s, slowly: Triton's kernels do not run (%s)", device, why)
         return explained(backend, device)
     backend.close()
     return explained(TritonBackend(device), device)

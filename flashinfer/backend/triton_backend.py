@@ -1,4 +1,4 @@
-"""The torch backend with the feed-forward in Triton's kernels, which a card needs to be busy.
+"""The torch backend with products of weights in Triton's kernels: a few launches where torch has thousands.
 
 On the CPU the same code runs in Triton's interpreter (TRITON_INTERPRET=1 before triton is imported), for tests: it is
 thousands of times slower.
@@ -6,16 +6,21 @@ thousands of times slower.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from flashinfer.backend import triton_ffn, triton_linear
 from flashinfer.backend.base import Bundle, Index
 from flashinfer.backend.copies import Memory
 from flashinfer.backend.torch_backend import TorchBackend
-from flashinfer.backend.torch_weights import as_tensor
-from flashinfer.backend.triton_codes import VECTOR
-from flashinfer.backend.triton_ffn import can_run, fused_ffn, probe
+from flashinfer.backend.torch_weights import Matrix, as_tensor
+from flashinfer.backend.triton_codes import VECTOR, knows
+from flashinfer.backend.triton_ffn import can_run, fused_ffn
+from flashinfer.backend.triton_linear import fused_decide, fused_linear
+from flashinfer.config import TILE_ROWS
 
 
 class TritonBackend(TorchBackend):
@@ -25,19 +30,47 @@ class TritonBackend(TorchBackend):
         super().__init__(device, threads)
         self.name = f"triton-{device}"
 
+    def linear(self, out: Tensor, first: int, x: Tensor, weights: Matrix) -> None:
+        if not knows(weights.codec):
+            super().linear(out, first, x, weights)
+            return
+        x = x.contiguous()
+        if weights.raw.data_ptr() % VECTOR == 0:
+            fused_linear(out, first, x, weights)
+            return
+        size = weights.raw.shape[1]
+        for row in range(0, len(weights.raw), TILE_ROWS):
+            some = weights.raw[row : row + TILE_ROWS]
+            moved = self._scratch("values", len(some) * -(-size // 4)).view(torch.uint8)[: some.numel()].view_as(some)
+            fused_linear(out, first + row, x, Matrix(moved.copy_(some), weights.codec, weights.cols))
+
+    def decide(self, gate: Tensor, x: Tensor, index: Index, memory: Memory, offsets: Index, bundle: Bundle) -> None:
+        if bundle.decision is None or not knows(bundle.decision.codec):
+            super().decide(gate, x, index, memory, offsets, bundle)
+            return
+        named, x = torch.from_numpy(index).to(gate.device), x.contiguous()
+        for some, raw, places in self._placed(memory, offsets, bundle):
+            fused_decide(gate, x, named[some], raw, places, bundle)
+
     def ffn(self, acc: Tensor, x: Tensor, fired: Tensor, memory: Memory, offsets: Index, bundle: Bundle) -> None:
         if not can_run(bundle):
             super().ffn(acc, x, fired, memory, offsets, bundle)
             return
-        there, x, fired = as_tensor(memory), x.contiguous(), fired.contiguous()
-        if there.device == acc.device and _lie_well(there, offsets, bundle):
-            fused_ffn(acc, x, fired, there, torch.from_numpy(offsets).to(acc.device), bundle)
+        x, fired = x.contiguous(), fired.contiguous()
+        for some, raw, places in self._placed(memory, offsets, bundle):
+            fused_ffn(acc, x, fired[some], raw, places, bundle)
+
+    def _placed(self, memory: Memory, offsets: Index, bundle: Bundle) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Tiles of bundles where the kernels can read them: which tiles, memory of the device, and offsets in it."""
+        there = as_tensor(memory)
+        if there.device == self._device and _lie_well(there, offsets, bundle):
+            yield slice(None), there, torch.from_numpy(offsets).to(self._device)
             return
         for first in range(0, len(offsets), self.threads):  # as many tiles as there is scratch for
             some = offsets[first : first + self.threads]
-            raw = self._together(there, some, bundle.bytes).to(acc.device)
-            places = torch.arange(0, raw.numel(), bundle.bytes, device=acc.device).view(some.shape)
-            fused_ffn(acc, x, fired[first : first + self.threads], raw, places, bundle)
+            raw = self._together(there, some, bundle.bytes).to(self._device)
+            places = torch.arange(0, raw.numel(), bundle.bytes, device=self._device).view(some.shape)
+            yield slice(first, first + self.threads), raw, places
 
     def _together(self, memory: Tensor, offsets: Index, size: int) -> Tensor:
         """The bundles one after the other in this thread's scratch, where `memory` is."""
@@ -57,7 +90,8 @@ def _lie_well(memory: Tensor, offsets: Index, bundle: Bundle) -> bool:
 def why_not(device: str) -> str | None:
     """Why Triton's kernels do not run on that device of torch's; None where they do. Compiles them."""
     try:
-        probe(torch.device(device))
+        for kernels in (triton_linear, triton_ffn):
+            kernels.probe(torch.device(device))
     except Exception as e:  # no compiler, a card too old, a broken installation: whatever it raises is the reason
         return f"{type(e).__name__}: {' '.join(str(e).split())}"
     return None

@@ -17,15 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from flashinfer.backend.base import Part
-from flashinfer.quant import Grouped, Layout, codec_named
+from flashinfer.quant import Codec, Grouped, Layout, codec_named
 from flashinfer.quant.dynamic import TABLE
 from flashinfer.quant.int8g32 import BLOCK, Int8g32
 from flashinfer.quant.nested import GROUPS
 
 VECTOR = 16
 """The widest load of a thread, in bytes; no alignment beyond it is of use."""
-_PLAIN = {"f32": 4, "f16": 2, "bf16": 2}
-"""Codecs whose units are values, and their bytes."""
+_PLAIN = ("f32", "f16", "bf16")
+"""Codecs whose units are values."""
 _BYTES = np.arange(256, dtype=np.uint8)
 MAP = tl.constexpr(len(TABLE))
 """In `tables_of`, the values of scales that are quantised themselves, before those of codes."""
@@ -66,23 +66,28 @@ class Form(NamedTuple):
         return min(self.group, block) if self.group else block
 
 
+def knows(codec: str | Codec) -> bool:
+    """Whether the kernels know rows of a codec: all but the outliers of `LlmInt8`."""
+    found = codec_named(codec) if isinstance(codec, str) else codec
+    return found.name in _PLAIN or isinstance(found, Int8g32 | Grouped)
+
+
 @cache
-def form_of(part: Part, stride: int) -> Form | None:
-    """The form of a part of bundles that lie at multiples of `stride` bytes; None where the kernels do not know it: the
-    outliers of `LlmInt8`, or values that begin at odd bytes."""
+def form_of(part: Part, stride: int) -> Form:
+    """The form of a part of bundles that lie at multiples of `stride` bytes. Before: `knows(part.codec)`."""
     codec = codec_named(part.codec) if isinstance(part.codec, str) else part.codec
     align, elements = gcd(VECTOR, stride, part.offset), part.elements
+    assert align % 2 == 0, "rows of every codec have an even number of bytes"
     if codec.name in _PLAIN:
-        return None if align % 2 else Form(elements, elements, part.offset, align, codec.name)
-    if isinstance(codec, Int8g32) and align % 2 == 0:
+        return Form(elements, elements, part.offset, align, codec.name)
+    if isinstance(codec, Int8g32):
         groups = -(-elements // BLOCK)
         return Form(
             elements, elements, part.offset + 2 * groups, gcd(align, 2 * groups), "signed",
             scale="f16", group=BLOCK, groups=groups, scales_at=part.offset,
         )  # fmt: skip
-    if isinstance(codec, Grouped) and align % 2 == 0:
-        return _form_of_codes(codec.layout, part, align)
-    return None
+    assert isinstance(codec, Grouped), "not every codec is known"
+    return _form_of_codes(codec.layout, part, align)
 
 
 def _form_of_codes(layout: Layout, part: Part, align: int) -> Form:

@@ -17,15 +17,14 @@ They were compiled for sm_80, sm_89 and sm_90, and run in Triton's interpreter, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from flashinfer.backend.base import Bundle, Part
-from flashinfer.backend.triton_codes import VECTOR, Form, columns, form_of, scales, stored, tables_of, values
+from flashinfer.backend.triton_codes import VECTOR, columns, form_of, knows, scales, stored, tables_of, values
+from flashinfer.backend.triton_linear import Cut, cut_of, products, single
 from flashinfer.config import TILE_NEURONS, TILE_TOKENS
 from flashinfer.units import MIB
 
@@ -33,28 +32,17 @@ PARTIAL = 16 * MIB
 """Bytes of tiles' outputs that wait to be added; at least those of one tile."""
 
 
-class Cut(NamedTuple):
-    """How much a program takes, powers of two: neurons whose coefficients it computes, units of their up rows at once,
-    down rows at once, units of them. With other figures results have other bits."""
-
-    neurons: int
-    up: int
-    rows: int
-    down: int
-
-
-ONE, SOME = Cut(4, 1024, TILE_NEURONS, 128), Cut(16, 32, 16, 64)
-"""For one token, and for a tile of them. With these, compiled for sm_80, sm_89 and sm_90 at 4096 columns, f16, bf16,
-int8 and nf4 spill no register, and others at most 24 bytes."""
+ONE, SOME = Cut(TILE_NEURONS, 128), Cut(16, 64)
+"""Down rows at once, and units of them, for one token and for a tile of them. Compiled for sm_80, sm_89 and sm_90 at
+4096 columns, f16, bf16, int8 and nf4 spill no register for one token, and others at most 24 bytes."""
 FOLD = 1024
 """Values of an output that a program adds up."""
 _TILE = tl.constexpr(TILE_NEURONS)
 
 
 def can_run(bundle: Bundle) -> bool:
-    """Whether the kernels know how such bundles lie. Those of `LlmInt8`, and at odd bytes, they do not."""
-    parts = [p for p in (bundle.down, bundle.up, bundle.up_bias) if p is not None]
-    return all(form_of(part, bundle.bytes) is not None for part in parts)
+    """Whether the kernels know all codecs of such bundles."""
+    return all(p is None or knows(p.codec) for p in (bundle.down, bundle.up, bundle.up_bias))
 
 
 def fused_ffn(acc: Tensor, x: Tensor, fired: Tensor, memory: Tensor, offsets: Tensor, bundle: Bundle) -> None:
@@ -95,33 +83,28 @@ def _coefficients(x: Tensor, fired: Tensor, memory: Tensor, offsets: Tensor, bun
     """What is taken of each down row, as `fired`."""
     assert bundle.up is not None
     out, tokens = torch.empty_like(fired), fired.shape[1]
-    form, bias = _form(bundle.up, bundle), None if bundle.up_bias is None else _form(bundle.up_bias, bundle)
-    step, cut = (1, ONE) if tokens == 1 else (TILE_TOKENS, SOME)
-    units = form.block(cut.up)
-    _coefficients_kernel[(TILE_NEURONS // cut.neurons, len(offsets), tokens // step)](
+    form = form_of(bundle.up, bundle.bytes)
+    bias = None if bundle.up_bias is None else form_of(bundle.up_bias, bundle.bytes)
+    step, cut = cut_of(tokens)
+    units = form.block(cut.units)
+    _coefficients_kernel[(TILE_NEURONS // cut.rows, len(offsets), tokens // step)](
         out, x, fired, memory, offsets, tables_of(bundle.up, memory.device), tokens, form, bias,
-        bundle.up_activation, step, cut.neurons, units, form.width(units), enable_fp_fusion=False,
+        bundle.up_activation, step, cut.rows, units, form.width(units), enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
 
 def _add(acc: Tensor, taken: Tensor, memory: Tensor, offsets: Tensor, bundle: Bundle) -> None:
     """Add some tiles of neurons, whose outputs are within `PARTIAL`. Writes `acc`."""
-    form, (tokens, hidden) = _form(bundle.down, bundle), acc.shape
+    form, (tokens, hidden) = form_of(bundle.down, bundle.bytes), acc.shape
     parts = torch.empty(len(offsets), tokens, hidden, device=acc.device)
     step, cut = (1, ONE) if tokens == 1 else (TILE_TOKENS, SOME)
-    units = form.block(cut.down)
+    units = form.block(cut.units)
     _outputs_kernel[(triton.cdiv(form.units, units), len(offsets), tokens // step)](
         parts, taken, memory, offsets, tables_of(bundle.down, memory.device), tokens, form,
         step, cut.rows, units, form.width(units), enable_fp_fusion=False,
     )  # fmt: skip
     _fold_kernel[(triton.cdiv(acc.numel(), FOLD),)](acc, parts, len(offsets), acc.numel(), FOLD, enable_fp_fusion=False)
-
-
-def _form(part: Part, bundle: Bundle) -> Form:
-    form = form_of(part, bundle.bytes)
-    assert form is not None, "can_run said no"
-    return form
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -136,25 +119,10 @@ def _coefficients_kernel(
     at = (tile[None, :] * tokens + token[:, None]) * _TILE + within[None, :]
     share = tl.load(fired + at)
     live = tl.max((share != 0).to(tl.int32), axis=0) > 0
-    bundles = tl.multiple_of(memory + tl.load(offsets + neuron), F.align)
-    sums = tl.zeros([NEURONS, UNITS] if TOKENS == 1 else [TOKENS, NEURONS], tl.float32)
-    for first in range(0, F.units, UNITS):
-        units = stored(bundles, live, first, F, UNITS, WIDTH)
-        scale, zero = scales(bundles, live, first, tables, F, UNITS, WIDTH)
-        for half in tl.static_range(F.halves):
-            rows = values(units, scale, zero, half, tables, F)
-            column = columns(first + tl.arange(0, UNITS), half, F)
-            given = tl.load(
-                x + token[:, None] * F.columns + column[None, :], mask=(column < F.columns)[None, :], other=0
-            )
-            if TOKENS == 1:
-                sums = tl.fma(rows, tl.broadcast_to(given, [NEURONS, UNITS]), sums)
-            else:
-                sums = tl.dot(given, tl.trans(rows), sums, input_precision="ieee")
-    if TOKENS == 1:
-        sums = tl.sum(sums, axis=1)[None, :]
+    bundles = memory + tl.load(offsets + neuron)
+    sums = products(x, token, bundles, live, tables, F, UNITS, WIDTH)
     if BIAS is not None:
-        sums += tl.reshape(values(stored(bundles, live, 0, BIAS, 1, 1), 0, 0, 0, tables, BIAS), [1, NEURONS])
+        sums += single(bundles, live, tables, BIAS)
     if ACTIVATION == "relu":
         sums = tl.where(sums < 0, 0.0, sums)
     elif ACTIVATION == "clamped":
