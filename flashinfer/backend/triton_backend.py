@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashinfer.backend import triton_ffn, triton_linear
-from flashinfer.backend.base import Bundle, Index
+from flashinfer.backend import triton_attend, triton_ffn, triton_linear
+from flashinfer.backend.base import PLAIN, Bundle, Index, Scoring
 from flashinfer.backend.copies import Memory
 from flashinfer.backend.torch_backend import TorchBackend
+from flashinfer.backend.torch_tiles import Kv
 from flashinfer.backend.torch_weights import Matrix, as_tensor
+from flashinfer.backend.triton_attend import fused_attend
 from flashinfer.backend.triton_codes import VECTOR, knows
 from flashinfer.backend.triton_ffn import can_run, fused_ffn
 from flashinfer.backend.triton_linear import fused_decide, fused_linear
@@ -43,6 +45,9 @@ class TritonBackend(TorchBackend):
             some = weights.raw[row : row + TILE_ROWS]
             moved = self._scratch("values", len(some) * -(-size // 4)).view(torch.uint8)[: some.numel()].view_as(some)
             fused_linear(out, first + row, x, Matrix(moved.copy_(some), weights.codec, weights.cols))
+
+    def attend(self, q: Tensor, kv: Kv, first: int, heads: int, scoring: Scoring = PLAIN) -> Tensor:
+        return fused_attend(q.contiguous(), kv, first, heads, scoring)
 
     def decide(self, gate: Tensor, x: Tensor, index: Index, memory: Memory, offsets: Index, bundle: Bundle) -> None:
         if bundle.decision is None or not knows(bundle.decision.codec):
@@ -90,7 +95,7 @@ def _lie_well(memory: Tensor, offsets: Index, bundle: Bundle) -> bool:
 def why_not(device: str) -> str | None:
     """Why Triton's kernels do not run on that device of torch's; None where they do. Compiles them."""
     try:
-        for kernels in (triton_linear, triton_ffn):
+        for kernels in (triton_linear, triton_attend, triton_ffn):
             kernels.probe(torch.device(device))
     except Exception as e:  # no compiler, a card too old, a broken installation: whatever it raises is the reason
         return f"{type(e).__name__}: {' '.join(str(e).split())}"

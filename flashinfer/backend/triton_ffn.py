@@ -24,7 +24,7 @@ from torch import Tensor
 
 from flashinfer.backend.base import Bundle, Part
 from flashinfer.backend.triton_codes import VECTOR, columns, form_of, knows, scales, stored, tables_of, values
-from flashinfer.backend.triton_linear import Cut, cut_of, products, single
+from flashinfer.backend.triton_linear import Cut, added, cut_of, products, single
 from flashinfer.config import TILE_NEURONS, TILE_TOKENS
 from flashinfer.units import MIB
 
@@ -146,22 +146,12 @@ def _outputs_kernel(
         bundles = tl.multiple_of(memory + tl.load(offsets + tile * _TILE + neuron), F.align)
         units = stored(bundles, live, first, F, UNITS, WIDTH)
         scale, zero = scales(bundles, live, first, tables, F, UNITS, WIDTH)
-        low = _added(low, share, values(units, scale, zero, 0, tables, F))
+        low = added(low, share, values(units, scale, zero, 0, tables, F))
         if F.halves == 2:
-            high = _added(high, share, values(units, scale, zero, 1, tables, F))
+            high = added(high, share, values(units, scale, zero, 1, tables, F))
     _store(parts, row, first, low, 0, F)
     if F.halves == 2:
         _store(parts, row, first, high, 1, F)
-
-
-@triton.jit
-def _added(sums, share, rows):
-    """sums `[tokens, columns]` + share `[tokens, neurons]` @ rows `[neurons, columns]`."""
-    if share.shape[0] == 1:
-        sums += tl.sum(tl.reshape(share, [rows.shape[0], 1]) * rows, axis=0)[None, :]
-    else:
-        sums = tl.dot(share, rows, sums, input_precision="ieee")
-    return sums
 
 
 @triton.jit

@@ -182,3 +182,13 @@ def _log2(power: int) -> int:
 def single(bundles, live, tables, F: tl.constexpr):
     """The one value of a part of bundles, `[1, n]`."""
     return tl.reshape(values(stored(bundles, live, 0, F, 1, 1), 0, 0, 0, tables, F), [1, bundles.shape[0]])
+
+
+@triton.jit
+def added(sums, share, rows):
+    """sums `[tokens, columns]` + share `[tokens, neurons]` @ rows `[neurons, columns]`."""
+    if share.shape[0] == 1:
+        sums += tl.sum(tl.reshape(share, [rows.shape[0], 1]) * rows, axis=0)[None, :]
+    else:
+        sums = tl.dot(share, rows, sums, input_precision="ieee")
+    return sums

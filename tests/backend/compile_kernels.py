@@ -14,8 +14,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from flashinfer.backend.base import Bundle, Part
+from flashinfer.backend.base import Bundle, Part, Scoring
+from flashinfer.backend.torch_tiles import Kv
 from flashinfer.backend.torch_weights import Matrix
+from flashinfer.backend.triton_attend import fused_attend
 from flashinfer.backend.triton_ffn import fused_ffn
 from flashinfer.backend.triton_linear import fused_decide, fused_linear
 from flashinfer.quant import codec_named
@@ -57,6 +59,8 @@ def main(codec: str) -> None:
         gate = torch.zeros(tokens, 64 * tiles)
         fused_linear(gate, tiles - 1, x, Matrix(raw, codec, WIDTH))
         fused_decide(gate, x, named, memory, named, bundle)
+        kept = torch.zeros(4, 2, 128, 256, dtype=torch.uint8)
+        fused_attend(torch.zeros(tokens, 1024), Kv(kept, kept, "f16", (128, 128)), 96 * tiles, 8, Scoring())
         fused_ffn(torch.zeros(tokens, WIDTH), x, torch.zeros(tiles, tokens, 64), memory, named, bundle)
 
 

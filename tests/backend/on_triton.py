@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: its kernels are not tested")
 
-from flashinfer.backend import triton_linear
+from flashinfer.backend import triton_attend, triton_linear
 from flashinfer.backend.torch_backend import TorchBackend
 from flashinfer.backend.triton_backend import TritonBackend
 from flashinfer.quant import GROUPED
@@ -30,6 +30,8 @@ def larger_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     if not CARD:
         monkeypatch.setattr(triton_linear, "ONE", triton_linear.ONE._replace(rows=64))
         monkeypatch.setattr(triton_linear, "SOME", triton_linear.Cut(64, 128))
+        monkeypatch.setattr(triton_attend, "ONE", triton_linear.Cut(128, 64))
+        monkeypatch.setattr(triton_attend, "SOME", triton_linear.Cut(128, 64))
 
 
 @pytest.fixture

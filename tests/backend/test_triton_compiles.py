@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: its kernels are not tested")
 
 ROOT = Path(__file__).parents[2]
-NAMES = ["_linear_kernel", "_decide_kernel", "_coefficients_kernel", "_outputs_kernel", "_fold_kernel"]
+NAMES = [f"_{name}_kernel" for name in ("linear", "decide", "tiles", "combine", "coefficients", "outputs", "fold")]
 
 
 @pytest.mark.parametrize(("capability", "codec"), [(80, "f16"), (90, "nf4")])

@@ -1,26 +1,23 @@
-"""A model whose feed-forward Triton's kernels compute: in the interpreter, or on a card where there is one."""
+"""A model whose attention and products of weights Triton's kernels compute: in the interpreter, or on a card where
+there is one."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-pytest.importorskip("triton", reason="Triton is not installed: its kernels are not tested")
+from tests.backend.on_triton import CARD, larger_programs, runs  # isort: skip  (skips without Triton)
 
 from flashinfer.backend.torch_backend import TorchBackend
 from flashinfer.backend.triton_backend import TritonBackend
 from flashinfer.config import Cap, RunConfig
 from flashinfer.engine import Model
 
-CARD = torch.cuda.is_available()
-pytestmark = pytest.mark.skipif(
-    not CARD and os.environ.get("TRITON_INTERPRET") != "1", reason="no card, and Triton was not told to interpret"
-)
+__all__ = ["larger_programs"]
+pytestmark = [runs, pytest.mark.usefixtures("larger_programs")]
 
 
 @pytest.mark.parametrize("variant", ["llama", "opt"])
