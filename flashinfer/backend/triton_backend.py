@@ -1,4 +1,4 @@
-"""The torch backend with products of weights in Triton's kernels: a few launches where torch has thousands.
+"""The torch backend with its larger verbs in Triton's kernels: a launch or two where torch has up to thousands.
 
 On the CPU the same code runs in Triton's interpreter (TRITON_INTERPRET=1 before triton is imported), for tests: it is
 thousands of times slower.
@@ -7,13 +7,14 @@ thousands of times slower.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flashinfer.backend import triton_attend, triton_ffn, triton_linear
-from flashinfer.backend.base import PLAIN, Bundle, Index, Scoring
+from flashinfer.backend import triton_attend, triton_ffn, triton_linear, triton_vectors
+from flashinfer.backend.base import PLAIN, Bundle, Floats, Index, Scoring
 from flashinfer.backend.copies import Memory
 from flashinfer.backend.torch_backend import TorchBackend
 from flashinfer.backend.torch_tiles import Kv
@@ -22,6 +23,7 @@ from flashinfer.backend.triton_attend import fused_attend
 from flashinfer.backend.triton_codes import VECTOR, knows
 from flashinfer.backend.triton_ffn import can_run, fused_ffn
 from flashinfer.backend.triton_linear import fused_decide, fused_linear
+from flashinfer.backend.triton_vectors import can_append, fused_append, fused_norm, fused_rotate
 from flashinfer.config import TILE_ROWS
 
 
@@ -45,6 +47,21 @@ class TritonBackend(TorchBackend):
             some = weights.raw[row : row + TILE_ROWS]
             moved = self._scratch("values", len(some) * -(-size // 4)).view(torch.uint8)[: some.numel()].view_as(some)
             fused_linear(out, first + row, x, Matrix(moved.copy_(some), weights.codec, weights.cols))
+
+    def norm(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: Literal["rms", "layer"], eps: float,
+        size: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        return fused_norm(x.contiguous(), weight, bias, kind, eps, size or x.shape[1])
+
+    def rotate(self, x: Tensor, head_dim: int, cos: Floats, sin: Floats) -> Tensor:
+        return fused_rotate(x.contiguous(), head_dim, cos, sin)
+
+    def append_kv(self, kv: Kv, at: int, k: Tensor, v: Tensor, skip: int, count: int) -> None:
+        if not can_append(kv):
+            super().append_kv(kv, at, k, v, skip, count)
+            return
+        fused_append(kv, at, k.contiguous(), v.contiguous(), skip, count)
 
     def attend(self, q: Tensor, kv: Kv, first: int, heads: int, scoring: Scoring = PLAIN) -> Tensor:
         return fused_attend(q.contiguous(), kv, first, heads, scoring)
@@ -95,7 +112,7 @@ def _lie_well(memory: Tensor, offsets: Index, bundle: Bundle) -> bool:
 def why_not(device: str) -> str | None:
     """Why Triton's kernels do not run on that device of torch's; None where they do. Compiles them."""
     try:
-        for kernels in (triton_linear, triton_attend, triton_ffn):
+        for kernels in (triton_vectors, triton_linear, triton_attend, triton_ffn):
             kernels.probe(torch.device(device))
     except Exception as e:  # no compiler, a card too old, a broken installation: whatever it raises is the reason
         return f"{type(e).__name__}: {' '.join(str(e).split())}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -20,6 +21,7 @@ from flashinfer.backend.torch_weights import Matrix
 from flashinfer.backend.triton_attend import fused_attend
 from flashinfer.backend.triton_ffn import fused_ffn
 from flashinfer.backend.triton_linear import fused_decide, fused_linear
+from flashinfer.backend.triton_vectors import fused_append, fused_norm, fused_rotate
 from flashinfer.quant import codec_named
 
 WIDTH = 4096
@@ -59,7 +61,10 @@ def main(codec: str) -> None:
         gate = torch.zeros(tokens, 64 * tiles)
         fused_linear(gate, tiles - 1, x, Matrix(raw, codec, WIDTH))
         fused_decide(gate, x, named, memory, named, bundle)
+        fused_norm(x, x[0], None, "rms", 1e-5, WIDTH)
+        fused_rotate(x, 128, *np.zeros((2, tokens, 64), np.float32))
         kept = torch.zeros(4, 2, 128, 256, dtype=torch.uint8)
+        fused_append(Kv(kept, kept, "f16", (128, 128)), tiles, x[:, :256].contiguous(), x[:, :256].contiguous(), 0, 1)
         fused_attend(torch.zeros(tokens, 1024), Kv(kept, kept, "f16", (128, 128)), 96 * tiles, 8, Scoring())
         fused_ffn(torch.zeros(tokens, WIDTH), x, torch.zeros(tiles, tokens, 64), memory, named, bundle)
 
