@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
+from typing import Protocol
 
 import numpy as np
 
@@ -46,19 +47,44 @@ DISTINCT = 512
 
 @dataclass
 class Row:
-    """One line of the table: seconds of each round, for a pass through all layers."""
+    """One line of the table: seconds of each round, for a pass through all layers, of `size` bytes each."""
 
-    codec: str
-    bytes: int
+    label: str
+    layers: int
+    size: int
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def rates(self, who: str) -> list[float]:
         """Bytes per second."""
-        return [self.bytes / s for s in self.seconds[who]]
+        return [self.layers * self.size / s for s in self.seconds[who]]
 
     def shares(self, of: str) -> list[float]:
         """The speed of fused over another's, round by round."""
         return [b / a for a, b in zip(self.seconds["fused"], self.seconds[of], strict=True)]
+
+
+class Contender(Protocol):
+    """What is measured: `layers` of so many bytes (`size`) each, computed with by the kernels and, where it multiplies
+    the codec as it is, by torch."""
+
+    codec: str
+    label: str
+    layers: int
+    size: int
+
+    def fused(self, layer: int) -> None:
+        """A layer, by the kernels."""
+
+    def torch(self, layer: int) -> None:
+        """The same, by torch."""
+
+    def expected(self, layer: int) -> np.ndarray:
+        """The same, in float64."""
+        ...
+
+    def found(self, who: Callable[[int], None], layer: int) -> np.ndarray:
+        """What one of them gives."""
+        ...
 
 
 class Working:
@@ -73,7 +99,7 @@ class Working:
         import torch
 
         row = codec_named(codec).row_bytes(width)
-        self.codec, self.active, self.layers = codec, active, layers
+        self.codec, self.label, self.active, self.layers, self.size = codec, codec, active, layers, 2 * row * active
         self.bundle = Bundle(2 * row, Part(row, width, codec), Part(0, width, codec))
         rng = np.random.default_rng(0)
         rows = rng.standard_normal((2 * min(slots, DISTINCT), width)).astype(np.float32) / np.float32(width**0.5)
@@ -114,14 +140,14 @@ class Working:
         h = (up.astype(np.float64) @ self.x[0].cpu().numpy()) * self.fired.view(-1)[: self.active].cpu().numpy()
         return np.asarray(h @ down)
 
-    def added(self, who: Callable[[int], None], layer: int) -> np.ndarray:
+    def found(self, who: Callable[[int], None], layer: int) -> np.ndarray:
         """What it adds for a layer."""
         self.acc.zero_()
         who(layer)
         return np.asarray(self.acc[0].cpu().numpy())
 
 
-def check(working: Working) -> None:
+def check(working: Contender) -> None:
     """Raises SystemExit where results are not what they must be."""
     for layer in (0, working.layers - 1):
         expected = working.expected(layer)
@@ -129,12 +155,12 @@ def check(working: Working) -> None:
             {"torch": (working.torch, 0.03)} if working.codec in HALVES else {}
         )
         for name, (who, tolerance) in contenders.items():
-            found = working.added(who, layer)
+            found = working.found(who, layer)
             off = np.abs(found - expected).max() / np.abs(expected).max()
             if not off <= tolerance:
-                raise SystemExit(f"error: {name} of {working.codec} is off by {off:.2g} of the largest value")
-        if not np.array_equal(working.added(working.fused, layer), working.added(working.fused, layer)):
-            raise SystemExit(f"error: fused of {working.codec} does not repeat its bits")
+                raise SystemExit(f"error: {name} of {working.label} is off by {off:.2g} of the largest value")
+        if not np.array_equal(working.found(working.fused, layer), working.found(working.fused, layer)):
+            raise SystemExit(f"error: fused of {working.label} does not repeat its bits")
 
 
 def graph_of(work: Callable[[int], None], layers: int) -> Callable[[], None]:
@@ -166,13 +192,12 @@ def timed(replay: Callable[[], None]) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def measure(working: Working, rounds: int) -> Row:
+def measure(working: Contender, rounds: int) -> Row:
     """All contenders in every round, in turn."""
     import torch
 
-    row = Row(working.codec, working.layers * working.active * working.bundle.bytes)
-    size = working.active * working.bundle.bytes
-    source, target = (torch.zeros(working.layers, size, dtype=torch.uint8, device="cuda") for _ in range(2))
+    row = Row(working.label, working.layers, working.size)
+    source, target = (torch.zeros(working.layers, working.size, dtype=torch.uint8, device="cuda") for _ in range(2))
     runs = {"fused": working.fused, "copy": lambda layer: target[layer].copy_(source[layer])}
     if working.codec in HALVES:
         runs["torch"] = working.torch
@@ -184,12 +209,12 @@ def measure(working: Working, rounds: int) -> Row:
     return row
 
 
-def markdown(rows: list[Row], about: list[str]) -> str:
+def markdown(title: str, rows: list[Row], about: list[str]) -> str:
     """The table, and what it was measured on."""
     head = "| codec | bytes a layer | fused GB/s | copy GB/s | % of the copy | torch GB/s | times torch |"
-    lines = ["# The sparse feed-forward on a card", "", *about, "", head, "| --- |" + " --- |" * 6]
+    lines = [f"# {title}", "", *about, "", head, "| --- |" + " --- |" * 6]
     for row in rows:
-        cells = [row.codec, f"{row.bytes // LAYERS:,}"]
+        cells = [row.label, f"{row.size:,}"]
         cells += [_cell(row.rates("fused"), 1e9), _cell(row.rates("copy"), 1e9), _cell(row.shares("copy"), 0.01)]
         there = "torch" in row.seconds
         cells += [_cell(row.rates("torch"), 1e9), _cell(row.shares("torch"), 1, 2)] if there else ["-", "-"]
@@ -202,7 +227,7 @@ def _cell(values: list[float], unit: float, digits: int = 0) -> str:
     return f"{median(v):.{digits}f} ({v[0]:.{digits}f}-{v[-1]:.{digits}f})"
 
 
-def describe(a: argparse.Namespace) -> list[str]:
+def describe(command: str) -> list[str]:
     """The circumstances, one fact for each line."""
     import torch
     import triton
@@ -215,14 +240,31 @@ def describe(a: argparse.Namespace) -> list[str]:
         check=False,
     ).stdout.split("\n")[0]
     return [
-        f"- command: `python benchmarks/gpu_ffn.py {' '.join(sys.argv[1:])}`".rstrip(),
+        f"- command: `{' '.join([command, *sys.argv[1:]])}`",
         f"- {datetime.now(UTC):%Y-%m-%d}, {card.name}, {card.total_memory / 2**30:.0f} GiB, L2 "
         f"{card.L2_cache_size >> 20} MiB, driver {driver or 'unknown'}, {platform.system()} {platform.release()}, "
         f"load {os.getloadavg()[0]:.2f}",
         f"- torch {torch.__version__}, CUDA {torch.version.cuda}, Triton {triton.__version__}",
-        f"- {LAYERS} layers of {NEURONS} x {WIDTH}, {a.active:.0%} of the neurons active, {a.slots:.0%} in slots, "
-        f"{a.rounds} rounds",
     ]
+
+
+def needs_triton() -> None:
+    """Raises SystemExit where it is not there."""
+    if not has_triton():
+        raise SystemExit("error: Triton is not installed; pip install 'flashinfer-offload[gpu]'")
+
+
+def needs_card() -> None:
+    """Raises SystemExit where there is none."""
+    if device_to_check() == "cpu":
+        raise SystemExit("error: there is no CUDA device here, so there is nothing to measure; --check needs none")
+
+
+def device_to_check() -> str:
+    """Where results are compared: on the card if there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -236,24 +278,24 @@ def main(argv: list[str] | None = None) -> int:
     )
     p.add_argument("--out", type=Path, help="write the report here, too")
     a = p.parse_args(argv)
-    import torch
-
-    if not has_triton():
-        raise SystemExit("error: Triton is not installed; pip install 'flashinfer-offload[gpu]'")
+    needs_triton()
     if a.check:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = device_to_check()
         for codec in a.codecs:
             check(Working(codec, 2, 90, 96, 70, device))
         print(f"{', '.join(a.codecs)}: results are right and repeat, on {device}")
         return 0
-    if not torch.cuda.is_available():
-        raise SystemExit("error: there is no CUDA device here, so there is nothing to measure; --check needs none")
+    needs_card()
     rows = []
     for codec in a.codecs:
         working = Working(codec, LAYERS, round(NEURONS * a.slots), WIDTH, round(NEURONS * a.active), "cuda")
         check(working)
         rows.append(measure(working, a.rounds))
-    text = markdown(rows, describe(a))
+    about = (
+        f"- {LAYERS} layers of {NEURONS} x {WIDTH}, {a.active:.0%} of the neurons active, {a.slots:.0%} in slots, "
+        f"{a.rounds} rounds"
+    )
+    text = markdown("The sparse feed-forward on a card", rows, [*describe("python benchmarks/gpu_ffn.py"), about])
     print(text, end="")
     if a.out is not None:
         a.out.write_text(text)

@@ -39,11 +39,12 @@ def test_without_a_card_nothing_is_measured() -> None:
 
 
 def test_shares_are_taken_round_by_round() -> None:
-    row = gpu_ffn.Row("f16", 32_000_000_000, {"fused": [1.0, 2.0, 4.0], "copy": [2.0, 1.0, 4.0], "torch": [8.0] * 3})
+    row = gpu_ffn.Row("f16", 32, 1_000_000_000, {"fused": [1.0, 2.0, 4.0], "copy": [2.0, 1.0, 4.0], "torch": [8.0] * 3})
     assert row.rates("fused") == [32e9, 16e9, 8e9]
     assert row.shares("copy") == [2, 0.5, 1]
-    plain = gpu_ffn.Row("nf4", 64, {"fused": [1.0], "copy": [2.0]})
-    text = gpu_ffn.markdown([row, plain], ["- somewhere"]).splitlines()
+    plain = gpu_ffn.Row("nf4", 32, 2, {"fused": [1.0], "copy": [2.0]})
+    text = gpu_ffn.markdown("Rows", [row, plain], ["- somewhere"]).splitlines()
+    assert text[0] == "# Rows"
     assert text[2] == "- somewhere"
     assert text[-2] == ("| f16 | 1,000,000,000 | 16 (8-32) | 16 (8-32) | 100 (50-200) | 4 (4-4) | 4.00 (2.00-8.00) |")
     assert text[-1].endswith("| - | - |")
