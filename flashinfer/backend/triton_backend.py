@@ -71,7 +71,7 @@ class TritonBackend(TorchBackend):
             super().decide(gate, x, index, memory, offsets, bundle)
             return
         named, x = torch.from_numpy(index).to(gate.device), x.contiguous()
-        for some, raw, places in self._placed(memory, offsets, bundle):
+        for some, raw, places in self._placed(memory, offsets, bundle, gate.device):
             fused_decide(gate, x, named[some], raw, places, bundle)
 
     def ffn(self, acc: Tensor, x: Tensor, fired: Tensor, memory: Memory, offsets: Index, bundle: Bundle) -> None:
@@ -79,19 +79,21 @@ class TritonBackend(TorchBackend):
             super().ffn(acc, x, fired, memory, offsets, bundle)
             return
         x, fired = x.contiguous(), fired.contiguous()
-        for some, raw, places in self._placed(memory, offsets, bundle):
+        for some, raw, places in self._placed(memory, offsets, bundle, acc.device):
             fused_ffn(acc, x, fired[some], raw, places, bundle)
 
-    def _placed(self, memory: Memory, offsets: Index, bundle: Bundle) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def _placed(
+        self, memory: Memory, offsets: Index, bundle: Bundle, device: torch.device
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Tiles of bundles where the kernels can read them: which tiles, memory of the device, and offsets in it."""
         there = as_tensor(memory)
-        if there.device == self._device and _lie_well(there, offsets, bundle):
-            yield slice(None), there, torch.from_numpy(offsets).to(self._device)
+        if there.device == device and _lie_well(there, offsets, bundle):
+            yield slice(None), there, torch.from_numpy(offsets).to(device)
             return
         for first in range(0, len(offsets), self.threads):  # as many tiles as there is scratch for
             some = offsets[first : first + self.threads]
-            raw = self._together(there, some, bundle.bytes).to(self._device)
-            places = torch.arange(0, raw.numel(), bundle.bytes, device=self._device).view(some.shape)
+            raw = self._together(there, some, bundle.bytes).to(device)
+            places = torch.arange(0, raw.numel(), bundle.bytes, device=device).view(some.shape)
             yield slice(first, first + self.threads), raw, places
 
     def _together(self, memory: Tensor, offsets: Index, size: int) -> Tensor:

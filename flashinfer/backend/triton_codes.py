@@ -66,6 +66,13 @@ class Form(NamedTuple):
         return min(self.group, block) if self.group else block
 
 
+def check_placed(*tensors: Tensor) -> None:
+    """Whether tensors lie as the kernels were compiled for."""
+    for tensor in tensors:
+        assert tensor.is_contiguous(), "the kernels know no strides"
+        assert tensor.data_ptr() % VECTOR == 0, "other addresses would be other kernels, and other bits"
+
+
 def knows(codec: str | Codec) -> bool:
     """Whether the kernels know rows of a codec: all but the outliers of `LlmInt8`."""
     found = codec_named(codec) if isinstance(codec, str) else codec

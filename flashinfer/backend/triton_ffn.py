@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashinfer.backend.base import Bundle, Part
-from flashinfer.backend.triton_codes import VECTOR, columns, form_of, knows, scales, stored, tables_of, values
+from flashinfer.backend.triton_codes import check_placed, columns, form_of, knows, scales, stored, tables_of, values
 from flashinfer.backend.triton_linear import Cut, added, cut_of, products, single
 from flashinfer.config import TILE_NEURONS, TILE_TOKENS
 from flashinfer.units import MIB
@@ -33,8 +33,8 @@ PARTIAL = 16 * MIB
 
 
 ONE, SOME = Cut(TILE_NEURONS, 128), Cut(16, 64)
-"""Down rows at once, and units of them, for one token and for a tile of them. Compiled for sm_80, sm_89 and sm_90 at
-4096 columns, f16, bf16, int8 and nf4 spill no register for one token, and others at most 24 bytes."""
+"""Down rows at once, and units of them, for one token and for a tile of them. No register is spilled, compiled as
+`triton_linear` says."""
 FOLD = 1024
 """Values of an output that a program adds up."""
 _TILE = tl.constexpr(TILE_NEURONS)
@@ -56,9 +56,7 @@ def fused_ffn(acc: Tensor, x: Tensor, fired: Tensor, memory: Tensor, offsets: Te
     """
     if not acc.numel() or not offsets.numel():
         return
-    for tensor in (acc, x, fired, memory, offsets):
-        assert tensor.is_contiguous(), "the kernels know no strides"
-        assert tensor.data_ptr() % VECTOR == 0, "other addresses would be other kernels, and other bits"
+    check_placed(acc, x, fired, memory, offsets)
     with torch.cuda.device_of(acc):
         if bundle.up is not None:
             fired = _coefficients(x, fired, memory, offsets, bundle)

@@ -20,6 +20,7 @@ from torch import Tensor
 from flashinfer.backend.base import Floats
 from flashinfer.backend.torch_tiles import Kv
 from flashinfer.backend.torch_weights import DTYPES
+from flashinfer.backend.triton_codes import check_placed
 from flashinfer.config import TILE_KEYS
 
 BLOCK = 2048
@@ -31,6 +32,7 @@ def fused_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: Literal["rms", "layer"], eps: float, size: int
 ) -> Tensor:
     """As `Backend.norm`: float32 `x` `[tokens, width]`, contiguous, on the current stream."""
+    check_placed(x)
     out, block = torch.empty_like(x), min(BLOCK, triton.next_power_of_2(size))
     with torch.cuda.device_of(x):
         _norm_kernel[(x.numel() // size,)](

@@ -128,12 +128,13 @@ def decided(backend: Any, layer: Layer, tokens: int, index: Any, memory: Any) ->
 
 @pytest.mark.parametrize("codec", [*KNOWN, LLM_INT8])
 @pytest.mark.parametrize("tokens", [1, 16])
-def test_decide(fused, codec: Any, tokens: int) -> None:
-    """The bits of the separate matrix, of bundles that are gathered first and of those that are not."""
+def test_decide(fused, codec: Any, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits of the separate matrix, of bundles that are gathered first and of those that need not be."""
     layer = Layer(codec, 90, 72, gated=True, bias=True, decision=True)
     needed = np.flatnonzero(np.random.default_rng(3).random(90) < 0.5)
-    for memory in (layer.memory, aligned(layer.memory)):
-        assert same(*decided(fused, layer, tokens, packed_tiles(needed), memory))
+    assert same(*decided(fused, layer, tokens, packed_tiles(needed), layer.memory))
+    monkeypatch.setattr(fused, "_together", None)
+    assert same(*decided(fused, layer, tokens, packed_tiles(needed), aligned(layer.memory)))
 
 
 @pytest.mark.parametrize("tokens", [1, 32])
