@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from flashinfer.backend import triton_attend, triton_ffn, triton_linear, triton_vectors
-from flashinfer.backend.base import PLAIN, Bundle, Floats, Index, Scoring
+from flashinfer.backend.base import PLAIN, Bundle, Index, Numbers, Scoring
 from flashinfer.backend.copies import Memory
 from flashinfer.backend.torch_backend import TorchBackend
 from flashinfer.backend.torch_tiles import Kv
-from flashinfer.backend.torch_weights import Matrix, as_tensor
+from flashinfer.backend.torch_weights import Matrix, as_tensor, here, there
 from flashinfer.backend.triton_attend import fused_attend
 from flashinfer.backend.triton_codes import VECTOR, knows
 from flashinfer.backend.triton_ffn import can_run, fused_ffn
@@ -54,8 +54,8 @@ class TritonBackend(TorchBackend):
     ) -> Tensor:  # fmt: skip
         return fused_norm(x.contiguous(), weight, bias, kind, eps, size or x.shape[1])
 
-    def rotate(self, x: Tensor, head_dim: int, cos: Floats, sin: Floats) -> Tensor:
-        return fused_rotate(x.contiguous(), head_dim, cos, sin)
+    def rotate(self, x: Tensor, head_dim: int, cos: Tensor, sin: Tensor, first: int) -> Tensor:
+        return fused_rotate(x.contiguous(), head_dim, cos, sin, first)
 
     def append_kv(self, kv: Kv, at: int, k: Tensor, v: Tensor, skip: int, count: int) -> None:
         if not can_append(kv):
@@ -66,15 +66,15 @@ class TritonBackend(TorchBackend):
     def attend(self, q: Tensor, kv: Kv, first: int, heads: int, scoring: Scoring = PLAIN) -> Tensor:
         return fused_attend(q.contiguous(), kv, first, heads, scoring)
 
-    def decide(self, gate: Tensor, x: Tensor, index: Index, memory: Memory, offsets: Index, bundle: Bundle) -> None:
+    def decide(self, gate: Tensor, x: Tensor, index: Numbers, memory: Memory, offsets: Numbers, bundle: Bundle) -> None:
         if bundle.decision is None or not knows(bundle.decision.codec):
             super().decide(gate, x, index, memory, offsets, bundle)
             return
-        named, x = torch.from_numpy(index).to(gate.device), x.contiguous()
+        named, x = there(index, gate.device).contiguous(), x.contiguous()
         for some, raw, places in self._placed(memory, offsets, bundle, gate.device):
             fused_decide(gate, x, named[some], raw, places, bundle)
 
-    def ffn(self, acc: Tensor, x: Tensor, fired: Tensor, memory: Memory, offsets: Index, bundle: Bundle) -> None:
+    def ffn(self, acc: Tensor, x: Tensor, fired: Tensor, memory: Memory, offsets: Numbers, bundle: Bundle) -> None:
         if not can_run(bundle):
             super().ffn(acc, x, fired, memory, offsets, bundle)
             return
@@ -83,18 +83,19 @@ class TritonBackend(TorchBackend):
             fused_ffn(acc, x, fired[some], raw, places, bundle)
 
     def _placed(
-        self, memory: Memory, offsets: Index, bundle: Bundle, device: torch.device
+        self, memory: Memory, offsets: Numbers, bundle: Bundle, device: torch.device
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Tiles of bundles where the kernels can read them: which tiles, memory of the device, and offsets in it."""
-        there = as_tensor(memory)
-        if there.device == device and _lie_well(there, offsets, bundle):
-            yield slice(None), there, torch.from_numpy(offsets).to(device)
+        raw = as_tensor(memory)
+        if raw.device == device and _lie_well(raw, offsets, bundle):
+            yield slice(None), raw, there(offsets, device).contiguous()
             return
-        for first in range(0, len(offsets), self.threads):  # as many tiles as there is scratch for
-            some = offsets[first : first + self.threads]
-            raw = self._together(there, some, bundle.bytes).to(device)
-            places = torch.arange(0, raw.numel(), bundle.bytes, device=device).view(some.shape)
-            yield slice(first, first + self.threads), raw, places
+        at = here(offsets)
+        for first in range(0, len(at), self.threads):  # as many tiles as there is scratch for
+            some = at[first : first + self.threads]
+            gathered = self._together(raw, some, bundle.bytes).to(device)
+            places = torch.arange(0, gathered.numel(), bundle.bytes, device=device).view(some.shape)
+            yield slice(first, first + self.threads), gathered, places
 
     def _together(self, memory: Tensor, offsets: Index, size: int) -> Tensor:
         """The bundles one after the other in this thread's scratch, where `memory` is."""
@@ -105,10 +106,12 @@ class TritonBackend(TorchBackend):
         return raw
 
 
-def _lie_well(memory: Tensor, offsets: Index, bundle: Bundle) -> bool:
-    """Whether bundles are where the kernels of such bundles can read them."""
+def _lie_well(memory: Tensor, offsets: Numbers, bundle: Bundle) -> bool:
+    """Whether bundles are where the kernels of such bundles can read them, as they are in slots, which offsets on the
+    device are of: nobody waits to look at those."""
     unit = np.gcd(VECTOR, bundle.bytes)
-    return memory.data_ptr() % VECTOR == 0 and not np.bitwise_or.reduce(offsets, axis=None) % unit
+    known = isinstance(offsets, Tensor) or not np.bitwise_or.reduce(offsets, axis=None) % unit
+    return memory.data_ptr() % VECTOR == 0 and known
 
 
 def why_not(device: str) -> str | None:

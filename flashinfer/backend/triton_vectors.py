@@ -11,13 +11,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashinfer.backend.base import Floats
 from flashinfer.backend.torch_tiles import Kv
 from flashinfer.backend.torch_weights import DTYPES
 from flashinfer.backend.triton_codes import check_placed
@@ -41,20 +39,20 @@ def fused_norm(
     return out
 
 
-def fused_rotate(x: Tensor, head_dim: int, cos: Floats, sin: Floats) -> Tensor:
-    """As `Backend.rotate`: float32 `x` `[tokens, heads * head_dim]`, contiguous, on the current stream."""
-    (tokens, width), half = x.shape, cos.shape[1]
-    out, angles = torch.empty_like(x), torch.from_numpy(np.stack([cos, sin])).to(x.device)  # one copy to the device
+def fused_rotate(x: Tensor, head_dim: int, cos: Tensor, sin: Tensor, first: int) -> Tensor:
+    """As `Backend.rotate`: float32 `x` `[tokens, heads * head_dim]` and tables contiguous, on the current stream."""
+    check_placed(x, cos, sin)
+    (tokens, width), out = x.shape, torch.empty_like(x)
     block = min(BLOCK, triton.next_power_of_2(width))
     with torch.cuda.device_of(x):
         _rotate_kernel[(tokens, triton.cdiv(width, block))](
-            out, x, angles, tokens * half, width, head_dim, half, block, enable_fp_fusion=False
+            out, x, cos, sin, first, width, head_dim, cos.shape[1], block, enable_fp_fusion=False
         )
     return out
 
 
 def can_append(kv: Kv) -> bool:
-    """Whether the kernel keeps keys and values as that cache does: not where they are encoded on the host."""
+    """Whether the kernel keeps keys and values as that cache does: as plain numbers."""
     return kv.codec in DTYPES
 
 
@@ -71,7 +69,8 @@ def probe(device: torch.device) -> None:
     """Compile the kernels and run them on a row. Raises as `triton_ffn.probe` does."""
     ones = torch.ones(1, 16, device=device)
     x = fused_norm(ones, ones[0], None, "rms", 0.0, 16)
-    x = fused_rotate(x, 16, np.zeros((1, 8), np.float32), np.ones((1, 8), np.float32))
+    zeros, ones = torch.zeros(4, 8, device=device), torch.ones(4, 8, device=device)
+    x = fused_rotate(x, 16, zeros, ones, 3)
     kept = torch.zeros(1, 1, TILE_KEYS, 32, dtype=torch.uint8, device=device)
     fused_append(Kv(kept, kept, "f16", (16, 16)), 3, x, x, 0, 1)
     if kept.view(torch.float16)[0, 0, 3].tolist() != [-1.0] * 8 + [1.0] * 8:
@@ -104,20 +103,20 @@ def _norm_kernel(out, x, weight, bias, eps, SIZE: tl.constexpr, LAYER: tl.conste
         tl.store(out + start + column, found, mask=here)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit(do_not_specialize=["first"])
 def _rotate_kernel(
-    out, x, angles, size, WIDTH: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr
+    out, x, cos, sin, first, WIDTH: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Some columns of a token; `angles` are all cosines, then, `size` values on, all sines. Writes `out`."""
+    """Some columns of a token. Writes `out`."""
     column, token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.program_id(0)
     within, start = column % DIM, token.to(tl.int64) * WIDTH
     here, low = column < WIDTH, within < HALF
     turned = here & (within < 2 * HALF)
-    angle = angles + token * HALF + tl.where(low, within, within - HALF)
+    angle = (first + token) * HALF + tl.where(low, within, within - HALF)
     mine = tl.load(x + start + column, mask=here, other=0)
     other = tl.load(x + start + tl.where(low, column + HALF, column - HALF), mask=turned, other=0)
-    straight = mine * tl.load(angle, mask=turned, other=0)
-    across = other * tl.load(angle + size, mask=turned, other=0)
+    straight = mine * tl.load(cos + angle, mask=turned, other=0)
+    across = other * tl.load(sin + angle, mask=turned, other=0)
     found = tl.where(low, straight - across, straight + across)
     tl.store(out + start + column, tl.where(turned, found, mine), mask=here)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -62,7 +61,7 @@ def main(codec: str) -> None:
         fused_linear(gate, tiles - 1, x, Matrix(raw, codec, WIDTH))
         fused_decide(gate, x, named, memory, named, bundle)
         fused_norm(x, x[0], None, "rms", 1e-5, WIDTH)
-        fused_rotate(x, 128, *np.zeros((2, tokens, 64), np.float32))
+        fused_rotate(x, 128, *torch.zeros(2, 100, 64), tiles)
         kept = torch.zeros(4, 2, 128, 256, dtype=torch.uint8)
         fused_append(Kv(kept, kept, "f16", (128, 128)), tiles, x[:, :256].contiguous(), x[:, :256].contiguous(), 0, 1)
         fused_attend(torch.zeros(tokens, 1024), Kv(kept, kept, "f16", (128, 128)), 96 * tiles, 8, Scoring())

@@ -137,6 +137,23 @@ def test_decide(fused, codec: Any, tokens: int, monkeypatch: pytest.MonkeyPatch)
     assert same(*decided(fused, layer, tokens, packed_tiles(needed), aligned(layer.memory)))
 
 
+def test_offsets_may_be_on_the_device(fused, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory lies well, nothing comes to the host."""
+    layer, index = Layer("f16", 90, 72, gated=True, bias=True, decision=True), tiles_of(90)
+    numbers = [torch.from_numpy(a).to(fused.vector(normal(1, 1)).device) for a in (index, layer.offsets(index))]
+
+    def run(memory: Any, index: Any, offsets: Any) -> Any:
+        x, gate, acc = (fused.place(normal(i, 1, n)) for i, n in enumerate((72, 90, 72)))
+        fused.decide(gate, x, index, memory, offsets, layer.bundle)
+        fused.ffn(acc, x, fused.fire(gate, "relu", index), memory, offsets, layer.bundle)
+        return fused.fetch(acc)
+
+    expected = run(layer.memory, index, layer.offsets(index))
+    assert same(run(layer.memory, *numbers), expected)
+    monkeypatch.setattr("flashinfer.backend.triton_backend.here", None)
+    assert same(run(aligned(layer.memory), *numbers), expected)
+
+
 @pytest.mark.parametrize("tokens", [1, 32])
 @pytest.mark.parametrize("bias", [True, False])
 def test_decide_by_places(fused, twin, tokens: int, bias: bool) -> None:

@@ -42,10 +42,10 @@ def test_a_row_is_normed_alone(fused) -> None:
 @pytest.mark.parametrize(("dim", "half"), [(8, 4), (20, 6), (64, 32), (6, 3), (10, 0)])
 @pytest.mark.parametrize("tokens", [1, 16])
 def test_rotate_has_the_twins_bits(fused, twin, dim: int, half: int, tokens: int) -> None:
-    x, angle = normal(1, tokens, 3 * dim), np.random.default_rng(2).random((tokens, half))
-    cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    x, angle = normal(1, tokens, 3 * dim), np.random.default_rng(2).random((tokens + 5, half))
+    tables = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
     before = x.copy()
-    found, expected = (b.fetch(b.rotate(b.place(x), dim, cos, sin)) for b in (fused, twin))
+    found, expected = (b.fetch(b.rotate(b.place(x), dim, *map(b.vector, tables), 5)) for b in (fused, twin))
     assert same(found, expected)
     assert same(x, before)
 
