@@ -105,6 +105,10 @@ class Backend(Protocol):
         memory copies it there and the caller may drop `raw`); otherwise it is used at once."""
         ...
 
+    def empty(self, tokens: int, width: int) -> Buffer:
+        """A float32 activation that is written to before anybody looks: whatever it holds."""
+        ...
+
     def zeros(self, tokens: int, width: int) -> Buffer:
         """A float32 activation of zeros."""
         ...

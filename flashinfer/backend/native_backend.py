@@ -88,6 +88,9 @@ class NativeBackend:
     def matrix(self, raw: Bytes, codec: str | Codec, rows: int, cols: int, *, keep: bool) -> Matrix:
         return Matrix(raw, codec, rows, cols)
 
+    def empty(self, tokens: int, width: int) -> Floats:
+        return np.empty((tokens, width), dtype=np.float32)
+
     def zeros(self, tokens: int, width: int) -> Floats:
         return np.zeros((tokens, width), dtype=np.float32)
 

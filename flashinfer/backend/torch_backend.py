@@ -63,6 +63,9 @@ class TorchBackend:
     def matrix(self, raw: Memory, codec: str | Codec, rows: int, cols: int, *, keep: bool) -> Matrix:
         return Matrix(as_tensor(raw).view(rows, -1).to(self._device), codec, cols)
 
+    def empty(self, tokens: int, width: int) -> Tensor:
+        return torch.empty(tokens, width, device=self._device)
+
     def zeros(self, tokens: int, width: int) -> Tensor:
         return torch.zeros(tokens, width, device=self._device)
 

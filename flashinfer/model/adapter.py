@@ -126,7 +126,7 @@ class Adapter:
         return self._product(placed.b, placed.out, self.backend.multiply(narrow, placed.scale))
 
     def _product(self, matrix: Buffer, rows: int, x: Buffer) -> Buffer:
-        out = self.backend.zeros(len(x), rows)
+        out = self.backend.empty(len(x), rows)
         self.backend.linear(out, 0, x, matrix)
         return out
 

@@ -151,7 +151,7 @@ class Decoder:
         return self.backend.norm(x, weight, bias, self.facts.norm, self.facts.norm_eps)
 
     def _product(self, role: str, x: Buffer) -> Buffer:
-        out = self.backend.zeros(len(x), self.weights.rows_of(role))
+        out = self.backend.empty(len(x), self.weights.rows_of(role))
         for first, block in self.weights.blocks(role):
             assert first % TILE_ROWS == 0
             self.backend.linear(out, first, x, block)

@@ -183,6 +183,7 @@ class BackendConformance:
         backend.add(one, one)
         assert np.array_equal(fetched, kept[2:])
         assert not backend.fetch(backend.zeros(2, 7)).any()
+        assert backend.fetch(backend.empty(2, 7)).shape == (2, 7)
 
     @pytest.mark.parametrize("codec", CODECS)
     def test_rows_are_exact(self, backend: Backend, codec: str) -> None:

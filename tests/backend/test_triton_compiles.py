@@ -16,11 +16,10 @@ PRODUCTS = ["linear", "decide", "tiles", "coefficients", "outputs"]
 NAMES = ["linear", "decide", "norm", "rotate", "append", "tiles", "combine", "coefficients", "outputs", "fold"]
 
 
-@pytest.mark.parametrize(("capability", "codec"), [(80, "f16"), (90, "nf4")])
-def test_the_kernels_compile(capability: int, codec: str, tmp_path: Path) -> None:
+def test_the_kernels_compile(tmp_path: Path) -> None:
     """One kernel however many tokens, tiles and rows, of one token with the widest loads."""
     here = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "tests.backend.compile_kernels", str(capability), codec]
+    command = [sys.executable, "-m", "tests.backend.compile_kernels", "90", "nf4"]
     done = subprocess.run(command, env=here, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     calls = [line.split() for line in done.stdout.splitlines()]

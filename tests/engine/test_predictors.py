@@ -122,7 +122,7 @@ def config_of(predictor: str, backend: BackendName, **knobs: object) -> RunConfi
     )  # type: ignore[arg-type]  # fmt: skip
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=st.sampled_from([f"{f}-{d}" for f, d in CASES + QUANTISED]), backend=st.sampled_from(BACKENDS), **KNOBS)
 def test_certified_is_exact(made: dict[str, Made], case: str, backend: BackendName, **knobs) -> None:
     config = config_of("certified", backend, **knobs)
@@ -171,7 +171,7 @@ def approximate_twin(made: Made, predictor: str, backend: BackendName) -> list[F
     return [twin.logits(PROMPT), *(twin.logits([t])[0] for t in DECODED)]
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     case=st.sampled_from([f"{f}-{d}" for f, d in CASES]), backend=st.sampled_from(BACKENDS),
     level=st.sampled_from(["low-rank", "low-rank:0.99"]), **KNOBS,
@@ -201,7 +201,7 @@ def test_low_rank_is_not_exact_and_says_so(made: dict[str, Made]) -> None:
         assert "perplexity +1.00%" in model.choice.note
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(backend=st.sampled_from(BACKENDS), **KNOBS)
 def test_thresholds_do_not_depend_on_how_bytes_come(silu: Path, backend: BackendName, **knobs) -> None:
     config = config_of("threshold", backend, **knobs)

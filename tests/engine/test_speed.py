@@ -174,7 +174,7 @@ CURVES = [DiskCurve(), DiskCurve(5e-6, 7e9, 80e-6), DiskCurve(100e-6, 2e8, 1e-3)
 RATES = [Rates(), Rates(linear=1.5e9, bundle=1e9), Rates(linear=80e9, bundle=60e9)]
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     name=st.sampled_from(sorted(MANIFESTS)),
     kind=st.sampled_from(["memory", "weight_memory"]),
