@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 
 import torch
@@ -36,8 +37,19 @@ class DeviceErrors:
             ) from error
 
 
+FEW = 4
+"""Transfers that are left to the copy engines; more are one launch, where there is a kernel for it."""
+Together = Callable[[Tensor, Index, Tensor, Index, int, torch.device], None]
+Fits = Callable[[Tensor, Tensor, Index, Index, int], bool]
+
+
 class CudaCopies:
-    """See `backend.copies.Copies`. Arithmetic is what torch's current stream of the device does."""
+    """See `backend.copies.Copies`. Arithmetic is what torch's current stream of the device does.
+
+    many: a kernel that makes many copies at once, and which it can make (`triton_copies`); None: each is a transfer.
+    """
+
+    many: tuple[Together, Fits] | None = None
 
     def __init__(self, device: torch.device) -> None:
         self.overhead = OVERHEAD
@@ -80,23 +92,30 @@ class CudaCopies:
 
     def upload(self, memory: Tensor, targets: Index, source: Bytes, sources: Index, size: int) -> int:
         """See `Copies.upload`."""
-        return self._copy(memory, targets, torch.from_numpy(source), sources, size)
+        return self._copy(memory, targets, torch.from_numpy(source), sources, size, self._is_pinned(source))
 
     def download(self, target: Bytes, targets: Index, memory: Tensor, sources: Index, size: int) -> int:
         """See `Copies.download`."""
-        return self._copy(torch.from_numpy(target), targets, memory, sources, size)
+        return self._copy(torch.from_numpy(target), targets, memory, sources, size, self._is_pinned(target))
 
     def move(self, memory: Tensor, targets: Index, sources: Index, size: int) -> None:
         """See `Copies.move`."""
-        self._copy(memory, targets, memory, sources, size)
+        self._copy(memory, targets, memory, sources, size, True)
 
-    def _copy(self, target: Tensor, targets: Index, source: Tensor, sources: Index, size: int) -> int:
-        count = 0
-        with torch.cuda.stream(self._stream):
-            for to, at, length in runs(targets, sources, size):
+    def _is_pinned(self, memory: Bytes) -> bool:
+        return any(memory is pinned for pinned in self._pinned)
+
+    def _copy(self, target: Tensor, targets: Index, source: Tensor, sources: Index, size: int, pinned: bool) -> int:
+        transfers = list(runs(targets, sources, size))
+        with torch.cuda.stream(self._stream), DeviceErrors(self._device):
+            if len(transfers) > FEW and pinned and self.many is not None:
+                copy, fits = self.many
+                if fits(target, source, targets, sources, size):
+                    copy(target, targets, source, sources, size, self._device)
+                    return 1
+            for to, at, length in transfers:
                 target[to : to + length].copy_(source[at : at + length], non_blocking=True)
-                count += 1
-        return count
+        return len(transfers)
 
     def mark(self) -> torch.cuda.Event:
         """See `Copies.mark`."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from flashinfer.backend.base import Index
 from flashinfer.backend.bookkeeping import Tiers
 from flashinfer.backend.torch_graphs import Graphs, Replayed
+from flashinfer.backend.torch_weights import there
 from flashinfer.config import TILE_NEURONS
 
 HEAD = 256
@@ -124,7 +125,7 @@ class TensorTiers:
         """As `Bookkeeping.offsets`."""
         at = self._slot * size + base
         if len(records):
-            at[torch.from_numpy(records).to(self._device)] = torch.from_numpy(places).to(self._device)
+            at[there(records, self._device)] = there(places, self._device)
         neurons = tiles.clamp(min=0)
         return torch.where(tiles >= 0, at[self._record_of[neurons]] + self._within[neurons], 0)
 
@@ -155,7 +156,7 @@ class TensorTiers:
         newest row."""
         first, row = (self._tokens[0][0], self._tokens[-1][1]) if self._tokens else (self._clock + 1, 0)
         now = np.float32(self._clock / self._t.counting.half_life)
-        return torch.tensor([self._clock, first, now, row], dtype=torch.float64, device=self._device)
+        return there(np.array([self._clock, first, now, row], dtype=np.float64), self._device)
 
     def _use(self, needed: Tensor, when: Tensor) -> None:
         """As `Heat.use`."""

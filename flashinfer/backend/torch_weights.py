@@ -38,8 +38,8 @@ def as_tensor(memory: Bytes | Tensor) -> Tensor:
 
 
 def there(numbers: Index | Tensor, device: torch.device) -> Tensor:
-    """Numbers of the host or of the device, on that device."""
-    return numbers if isinstance(numbers, Tensor) else torch.from_numpy(numbers).to(device)
+    """Numbers of the host or of the device, on that device. The host waits for nothing."""
+    return numbers if isinstance(numbers, Tensor) else torch.from_numpy(numbers).to(device, non_blocking=True)
 
 
 def here(numbers: Index | Tensor) -> Index:

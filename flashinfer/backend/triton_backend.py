@@ -7,20 +7,22 @@ thousands of times slower.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flashinfer.backend import triton_attend, triton_ffn, triton_linear, triton_vectors
+from flashinfer.backend import triton_attend, triton_copies, triton_ffn, triton_linear, triton_vectors
 from flashinfer.backend.base import PLAIN, Bundle, Index, Numbers, Scoring
 from flashinfer.backend.copies import Memory
 from flashinfer.backend.torch_backend import TorchBackend
+from flashinfer.backend.torch_copies import CudaCopies
 from flashinfer.backend.torch_tiles import Kv
 from flashinfer.backend.torch_weights import Matrix, as_tensor, here, there
 from flashinfer.backend.triton_attend import fused_attend
 from flashinfer.backend.triton_codes import VECTOR, knows
+from flashinfer.backend.triton_copies import can_copy, fused_copy
 from flashinfer.backend.triton_ffn import can_run, fused_ffn
 from flashinfer.backend.triton_linear import fused_decide, fused_linear
 from flashinfer.backend.triton_vectors import can_append, fused_append, fused_norm, fused_rotate
@@ -33,6 +35,8 @@ class TritonBackend(TorchBackend):
     def __init__(self, device: str = "cuda", threads: int = 1) -> None:
         super().__init__(device, threads)
         self.name = f"triton-{device}"
+        if isinstance(self.copies, CudaCopies) and not _why(triton_copies, self._device):
+            self.copies.many = fused_copy, can_copy
 
     def linear(self, out: Tensor, first: int, x: Tensor, weights: Matrix) -> None:
         if not knows(weights.codec):
@@ -116,9 +120,13 @@ def _lie_well(memory: Tensor, offsets: Numbers, bundle: Bundle) -> bool:
 
 def why_not(device: str) -> str | None:
     """Why Triton's kernels do not run on that device of torch's; None where they do. Compiles them."""
+    kernels = (triton_vectors, triton_linear, triton_attend, triton_ffn)
+    return next(filter(None, (_why(some, torch.device(device)) for some in kernels)), None)
+
+
+def _why(kernels: Any, device: torch.device) -> str | None:
     try:
-        for kernels in (triton_vectors, triton_linear, triton_attend, triton_ffn):
-            kernels.probe(torch.device(device))
+        kernels.probe(device)
     except Exception as e:  # no compiler, a card too old, a broken installation: whatever it raises is the reason
         return f"{type(e).__name__}: {' '.join(str(e).split())}"
     return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -18,6 +19,7 @@ from flashinfer.backend.base import Bundle, Part, Scoring
 from flashinfer.backend.torch_tiles import Kv
 from flashinfer.backend.torch_weights import Matrix
 from flashinfer.backend.triton_attend import fused_attend
+from flashinfer.backend.triton_copies import fused_copy
 from flashinfer.backend.triton_ffn import fused_ffn
 from flashinfer.backend.triton_linear import fused_decide, fused_linear
 from flashinfer.backend.triton_vectors import fused_append, fused_norm, fused_rotate
@@ -44,6 +46,9 @@ def compiled(self: Any, *arguments: Any, run: Any = JITFunction.run, **options: 
     print(self.__name__, kernel.hash, "ld.global.v4.b32" in kernel.asm["ptx"])
 
 
+PLACES = np.arange(0, 160, 16)
+
+
 def bundle_of(codec: str) -> Bundle:
     size = codec_named(codec).row_bytes(WIDTH)
     parts = [Part(i * size, WIDTH, codec) for i in range(3)]
@@ -65,6 +70,7 @@ def main(codec: str) -> None:
         kept = torch.zeros(4, 2, 128, 256, dtype=torch.uint8)
         fused_append(Kv(kept, kept, "f16", (128, 128)), tiles, x[:, :256].contiguous(), x[:, :256].contiguous(), 0, 1)
         fused_attend(torch.zeros(tokens, 1024), Kv(kept, kept, "f16", (128, 128)), 96 * tiles, 8, Scoring())
+        fused_copy(kept.view(-1), PLACES[:tiles], kept.view(-1), PLACES[:tiles], 512 * tiles, torch.device("cpu"))
         fused_ffn(torch.zeros(tokens, WIDTH), x, torch.zeros(tiles, tokens, 64), memory, named, bundle)
 
 

@@ -58,6 +58,20 @@ class TestCudaCopies(CopiesConformance):
         return memory.cpu().numpy()
 
 
+class TestCudaCopiesTogether(TestCudaCopies):
+    """With a kernel for many copies at once, from the first on."""
+
+    def make(self) -> Copies:
+        triton_copies = pytest.importorskip("flashinfer.backend.triton_copies", reason="Triton is not installed")
+        copies: Any = super().make()
+        copies.many = triton_copies.fused_copy, triton_copies.can_copy
+        return copies
+
+    @pytest.fixture(autouse=True)
+    def _none_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("flashinfer.backend.torch_copies.FEW", 0)
+
+
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=20), st.integers(1, 5))
 def test_runs_are_the_same_copies(pairs: list[tuple[int, int]], size: int) -> None:
     """Transfers cover every record in order; two that follow each other never could be one."""

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed: its kernels are n
 
 ROOT = Path(__file__).parents[2]
 PRODUCTS = ["linear", "decide", "tiles", "coefficients", "outputs"]
-NAMES = ["linear", "decide", "norm", "rotate", "append", "tiles", "combine", "coefficients", "outputs", "fold"]
+NAMES = ["linear", "decide", "norm", "rotate", "append", "tiles", "combine", "copy", "coefficients", "outputs", "fold"]
 
 
 def test_the_kernels_compile(tmp_path: Path) -> None:
