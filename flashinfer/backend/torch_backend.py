@@ -73,17 +73,17 @@ class TorchBackend:
         return torch.tensor(values, device=self._device)
 
     def take(self, x: Tensor, rows: Index) -> Tensor:
-        return x[torch.from_numpy(rows).to(self._device)]
+        return x[there(rows, self._device)]
 
     def put(self, x: Tensor, rows: Index, y: Tensor) -> None:
-        x[torch.from_numpy(rows).to(self._device)] = y
+        x[there(rows, self._device)] = y
 
     def fetch(self, x: Tensor) -> Floats:
         host: Floats = x.cpu().numpy().copy()
         return host
 
     def rows(self, weights: Matrix, ids: Index) -> Floats:
-        picked = weights.raw[torch.from_numpy(ids).to(self._device)]
+        picked = weights.raw[there(ids, self._device)]
         values = torch.empty(len(ids), weights.cols, device=self._device)
         host: Floats = unpack(picked, weights.codec, values).cpu().numpy()
         return host
@@ -231,12 +231,12 @@ class TorchBackend:
             where, missing = np.full(len(some), at[0]), np.ones(len(some), dtype=bool)
             where[rows[here] - first - start], missing[rows[here] - first - start] = at[here], False
             unpack(self._gathered(memory, where, part), part.codec, some)
-            some.masked_fill_(torch.from_numpy(missing).to(self._device)[:, None], 0.0)
+            some.masked_fill_(there(missing, self._device)[:, None], 0.0)
         bias = None
         if bundle.decision_bias is not None:
             found = self._gathered(memory, at, bundle.decision_bias)
             bias = unpack(found, bundle.decision_bias.codec, torch.empty(len(rows), 1, device=self._device))[:, 0]
-        columns = torch.from_numpy(rows).to(self._device)
+        columns = there(rows, self._device)
         for t, products in times(x, w):
             chosen = products[:, columns - first]
             gate[t : t + len(products), columns] += chosen if bias is None else chosen + bias
@@ -285,7 +285,7 @@ class TorchBackend:
         return active.masked_fill_((at < 0)[:, None, :], 0.0)
 
     def weigh(self, fired: Tensor, weights: Floats) -> None:
-        factors = torch.from_numpy(weights).to(self._device)[:, :, None]
+        factors = there(weights, self._device)[:, :, None]
         fired.mul_(factors).masked_fill_(factors == 0, 0.0)
 
     def bookkeeping(self, tiers: Tiers) -> Bookkeeping | None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashinfer.backend.base import Scoring
-from flashinfer.backend.torch_weights import DTYPES, pack_int8g32, unpack
+from flashinfer.backend.torch_weights import DTYPES, pack_int8g32, there, unpack
 from flashinfer.config import TILE_KEYS, TILE_TOKENS
 from flashinfer.store.facts import Activation, UpActivation
 
@@ -93,7 +93,7 @@ def attend_tile(q: Tensor, kv: Kv, first: int, heads: int, scoring: Scoring) -> 
     _score(scores.view(end - low, kv_heads, group, step, TILE_KEYS), first, low, scoring)
     most, sinks = scores.amax(dim=(0, 3), keepdim=True), None
     if scoring.sinks is not None:
-        sinks = torch.from_numpy(scoring.sinks).to(q.device).view(kv_heads, group, 1).expand(-1, -1, step)
+        sinks = there(scoring.sinks, q.device).view(kv_heads, group, 1).expand(-1, -1, step)
         sinks = sinks.reshape(1, kv_heads, group * step, 1)
         most = torch.maximum(most, sinks)
     weights = torch.exp(scores - most)
@@ -116,7 +116,7 @@ def _score(scores: Tensor, first: int, low: int, scoring: Scoring) -> None:
     if scoring.softcap is not None:
         scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
     if scoring.slopes is not None:
-        slopes = torch.from_numpy(scoring.slopes).to(scores.device).view(kv_heads, group, 1, 1)
+        slopes = there(scoring.slopes, scores.device).view(kv_heads, group, 1, 1)
         scores.sub_(slopes * back)
     unseen = back < 0
     if scoring.window is not None:

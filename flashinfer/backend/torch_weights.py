@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,7 +39,7 @@ def as_tensor(memory: Bytes | Tensor) -> Tensor:
     return memory if isinstance(memory, Tensor) else torch.from_numpy(memory)
 
 
-def there(numbers: Index | Tensor, device: torch.device) -> Tensor:
+def there(numbers: npt.NDArray[Any] | Tensor, device: torch.device) -> Tensor:
     """Numbers of the host or of the device, on that device. The host waits for nothing."""
     return numbers if isinstance(numbers, Tensor) else torch.from_numpy(numbers).to(device, non_blocking=True)
 

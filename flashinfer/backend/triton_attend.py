@@ -24,6 +24,7 @@ from torch import Tensor
 
 from flashinfer.backend.base import Part, Scoring
 from flashinfer.backend.torch_tiles import Kv
+from flashinfer.backend.torch_weights import there
 from flashinfer.backend.triton_codes import Form, check_placed, form_of, scales, stored, tables_of, values
 from flashinfer.backend.triton_linear import Cut, added, products
 from flashinfer.config import TILE_KEYS, TILE_TOKENS
@@ -89,7 +90,7 @@ def _forms(kv: Kv) -> tuple[Form, Form]:
 @lru_cache(maxsize=512)
 def _vectors(scoring: Scoring, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     """Slopes and sinks on the device."""
-    slopes, sinks = (None if v is None else torch.from_numpy(v).to(device) for v in (scoring.slopes, scoring.sinks))
+    slopes, sinks = (None if v is None else there(v, device) for v in (scoring.slopes, scoring.sinks))
     return slopes, sinks
 
 
