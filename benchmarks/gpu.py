@@ -1,6 +1,6 @@
 """A token on a card: every neuron read anew against our slots in both memories, in turn.
 
-    python benchmarks/gpu.py STORE --ids IDS --vram 5GiB --weight-memory 3GiB [--device cuda] [--predictor exact]
+    python -m benchmarks.gpu STORE --ids IDS --vram 5GiB --weight-memory 3GiB [--device cuda] [--predictor exact]
                              [--prompt 64] [--naive-tokens 2] [--rounds 3] [--out benchmarks/results/gpu.md]
 
 STORE is packed from a checkpoint of `synthetic.py make opt-6.7b --sparsity 0.97 ...`, and IDS has the tokens to force,
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.on_card import card_line
 from flashinfer.backend import APART, open_backend
 from flashinfer.bench.curve import measure_curve
 from flashinfer.config import Cap, IoConfig, RunConfig
@@ -174,15 +174,12 @@ def about(a: argparse.Namespace, store: Store, plan: Plan) -> list[str]:
 
     device = "the CPU, as a device"
     if a.device.startswith("cuda"):
-        card = torch.cuda.get_device_properties(a.device)
-        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split("\n")[0]
-        device = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, driver {driver or 'unknown'}"
+        device = card_line(a.device)
     m = store.manifest
     with closing(open_backend(a.device, 1)) as backend:
         name = backend.name
     return [
-        f"- command: `python benchmarks/gpu.py {' '.join(sys.argv[1:])}`",
+        f"- command: `python -m benchmarks.gpu {' '.join(sys.argv[1:])}`",
         f"- {datetime.now(UTC):%Y-%m-%d}, {device}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
         f"backend {name}, {platform.system()} {platform.release()}, load {os.getloadavg()[0]:.2f}",
         f"- {m.facts.num_layers} layers, {format_size(m.weight_bytes())} of weights, {held(plan, m):.0%} of them kept; "

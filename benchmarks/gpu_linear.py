@@ -5,7 +5,7 @@
 
 A shape is rows x columns. There are as many matrices of it as take 2 GiB (at least 32), so that nothing is in the L2
 cache when its turn comes. *fused*: `fused_linear`, as the runtime calls it. *torch*, for f16 and bf16 only: a matrix
-times a vector in the type of the weights. The method is that of `benchmarks/gpu_ffn.py`: CUDA graphs of one pass
+times a vector in the type of the weights. The method is that of `benchmarks/on_card.py`: CUDA graphs of one pass
 through all matrices, timed by device events, in turn with a *copy*; results are compared with float64 first.
 
 Without a card it says so, and nothing is measured. `--check` compares small matrices, on any device, and ends.
@@ -13,24 +13,12 @@ Without a card it says so, and nothing is measured. `--check` compares small mat
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
-from benchmarks.gpu_ffn import (
-    DISTINCT,
-    HALVES,
-    check,
-    describe,
-    device_to_check,
-    markdown,
-    measure,
-    needs_card,
-    needs_triton,
-)  # fmt: skip
-from flashinfer.quant import CODECS, codec_named
+from benchmarks.on_card import DISTINCT, HALVES, Row, check, measure, parser_of, run
+from flashinfer.quant import codec_named
 from flashinfer.units import GIB
 
 TOTAL, LEAST = 2 * GIB, 32
@@ -84,39 +72,21 @@ def shape(text: str) -> tuple[int, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--codecs", nargs="+", default=["f16", "int8", "int4g64", "nf4"], choices=list(CODECS))
+    p = parser_of(__doc__, "matrices")
     p.add_argument("--shapes", nargs="+", default=[(4096, 4096), (16384, 4096)], type=shape, metavar="ROWSxCOLUMNS")
-    p.add_argument("--rounds", type=int, default=31)
-    p.add_argument(
-        "--check", action="store_true", help="compare small matrices and end, on the CPU where there is no card"
-    )
-    p.add_argument("--out", type=Path, help="write the report here, too")
     a = p.parse_args(argv)
-    needs_triton()
-    if a.check:
-        device = device_to_check()
-        for codec in a.codecs:
-            check(Matrices(codec, 90, 200, 2, device))
-        print(f"{', '.join(a.codecs)}: results are right and repeat, on {device}")
-        return 0
-    needs_card()
-    table = []
-    for codec in a.codecs:
+
+    def measured(codec: str) -> list[Row]:
+        found = []
         for rows, cols in a.shapes:
             layers = max(LEAST, TOTAL // (rows * codec_named(codec).row_bytes(cols)))
             working = Matrices(codec, rows, cols, layers, "cuda")
             check(working)
-            table.append(measure(working, a.rounds))
-    text = markdown(
-        "Products of matrices with one token on a card",
-        table,
-        [*describe("python -m benchmarks.gpu_linear"), f"- {a.rounds} rounds"],
-    )
-    print(text, end="")
-    if a.out is not None:
-        a.out.write_text(text)
-    return 0
+            found.append(measure(working, a.rounds))
+        return found
+
+    title, about = "Products of matrices with one token on a card", f"as many matrices as take {TOTAL / GIB:.0f} GiB"
+    return run(a, "gpu_linear", title, about, lambda codec, device: Matrices(codec, 90, 200, 2, device), measured)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
-import torch
 
-pytest.importorskip("triton", reason="Triton is not installed: its kernels are not tested")
+from tests.backend.on_triton import CARD, runs  # isort: skip  (skips without Triton)
 
-from benchmarks import gpu_ffn
-
-CARD = torch.cuda.is_available()
-runs = pytest.mark.skipif(
-    not CARD and os.environ.get("TRITON_INTERPRET") != "1", reason="no card, and Triton was not told to interpret"
-)
+from benchmarks import gpu_ffn, on_card
 
 
 @runs
@@ -29,7 +21,7 @@ def test_a_wrong_result_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = working.expected(0)
     monkeypatch.setattr(working, "expected", lambda layer: 1.001 * expected)
     with pytest.raises(SystemExit, match=r"fused of f16 is off by 0\.00"):
-        gpu_ffn.check(working)
+        on_card.check(working)
 
 
 @pytest.mark.skipif(CARD, reason="there is a card")
@@ -39,11 +31,11 @@ def test_without_a_card_nothing_is_measured() -> None:
 
 
 def test_shares_are_taken_round_by_round() -> None:
-    row = gpu_ffn.Row("f16", 32, 1_000_000_000, {"fused": [1.0, 2.0, 4.0], "copy": [2.0, 1.0, 4.0], "torch": [8.0] * 3})
+    row = on_card.Row("f16", 32, 1_000_000_000, {"fused": [1.0, 2.0, 4.0], "copy": [2.0, 1.0, 4.0], "torch": [8.0] * 3})
     assert row.rates("fused") == [32e9, 16e9, 8e9]
     assert row.shares("copy") == [2, 0.5, 1]
-    plain = gpu_ffn.Row("nf4", 32, 2, {"fused": [1.0], "copy": [2.0]})
-    text = gpu_ffn.markdown("Rows", [row, plain], ["- somewhere"]).splitlines()
+    plain = on_card.Row("nf4", 32, 2, {"fused": [1.0], "copy": [2.0]})
+    text = on_card.markdown("Rows", [row, plain], ["- somewhere"]).splitlines()
     assert text[0] == "# Rows"
     assert text[2] == "- somewhere"
     assert text[-2] == ("| f16 | 1,000,000,000 | 16 (8-32) | 16 (8-32) | 100 (50-200) | 4 (4-4) | 4.00 (2.00-8.00) |")

@@ -6,7 +6,7 @@ import pytest
 
 from tests.backend.on_triton import CARD, larger_programs, runs  # isort: skip  (skips without Triton)
 
-from benchmarks import gpu_ffn, gpu_linear
+from benchmarks import gpu_linear, on_card
 
 __all__ = ["larger_programs"]
 
@@ -20,7 +20,7 @@ def test_results_are_compared(capsys: pytest.CaptureFixture[str], monkeypatch: p
     expected = working.expected(0)
     monkeypatch.setattr(working, "expected", lambda layer: 1.001 * expected)
     with pytest.raises(SystemExit, match=r"fused of f16 70x96 is off by 0\.00"):
-        gpu_ffn.check(working)
+        on_card.check(working)
 
 
 @pytest.mark.skipif(CARD, reason="there is a card")

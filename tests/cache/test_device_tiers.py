@@ -21,7 +21,7 @@ from flashinfer.cache import TieredCache
 from flashinfer.cache.device import COUNTING, DeviceTieredCache
 from flashinfer.cache.slotmap import Index
 from flashinfer.config import TILE_NEURONS, Retention
-from tests.cache.twins import RECORDS, assert_decide_the_same, same
+from tests.cache.twins import RECORDS, any_sequence, assert_decide_the_same, same
 
 CPU = torch.device("cpu")
 
@@ -35,15 +35,7 @@ def make(
     return DeviceTieredCache(TensorTiers(tiers, CPU, Graphs(CPU)), near, near + far)
 
 
-@given(
-    near=st.integers(0, RECORDS // 2),
-    far=st.integers(0, RECORDS),
-    window=st.integers(0, 4),
-    retention=st.sampled_from(["frequency", "window"]),
-    share=st.sampled_from([0.05, 0.2, 0.5, 1.0]),
-    seed=st.integers(0, 2**32 - 1),
-)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@any_sequence(60)
 def test_any_sequence_gives_the_same_changes(
     near: int, far: int, window: int, retention: Retention, share: float, seed: int
 ) -> None:

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from flashinfer.cache import TieredCache, tiered_cache
 from flashinfer.cache.slotmap import Index
 from flashinfer.cache.tiers import MOST_RECORDS
 from flashinfer.config import Retention
-from tests.cache.twins import RECORDS, assert_decide_the_same, same
+from tests.cache.twins import RECORDS, any_sequence, assert_decide_the_same, same
 
 native = pytest.importorskip("flashinfer.cache.native", reason="the native core is not built")
 
 
-@given(
-    near=st.integers(0, RECORDS // 2),
-    far=st.integers(0, RECORDS),
-    window=st.integers(0, 4),
-    retention=st.sampled_from(["frequency", "window"]),
-    share=st.sampled_from([0.05, 0.2, 0.5, 1.0]),
-    seed=st.integers(0, 2**32 - 1),
-)
-@settings(max_examples=150, deadline=None, derandomize=True)
+@any_sequence(150)
 def test_any_sequence_gives_the_same_changes(
     near: int, far: int, window: int, retention: Retention, share: float, seed: int
 ) -> None:

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import astuple
+from typing import Any
 
 import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flashinfer.cache import Change, Policy
 from flashinfer.cache.slotmap import Index
 
 RECORDS = 40
+
+
+def any_sequence(examples: int) -> Callable[[Any], Any]:
+    """Sizes of two tiers and how they are asked, for `assert_decide_the_same`."""
+    cases = given(
+        near=st.integers(0, RECORDS // 2), far=st.integers(0, RECORDS), window=st.integers(0, 4),
+        retention=st.sampled_from(["frequency", "window"]), share=st.sampled_from([0.05, 0.2, 0.5, 1.0]),
+        seed=st.integers(0, 2**32 - 1),
+    )  # fmt: skip
+    return lambda test: settings(max_examples=examples, deadline=None)(cases(test))
 
 
 def same(one: Change, other: Change) -> bool:
